@@ -1,0 +1,38 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both set up everything they need.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --constraint constraints.txt
+
+.PHONY: demo dashboard test notebooks readme clean
+
+demo: .venv/installed  ## a year of real flights, from definition to money
+	$(BIN)/aiexec demo demo
+
+dashboard: .venv/installed  ## look at the demo's dashboards
+	$(BIN)/aiexec dashboard --project demo
+
+test: .venv/installed-dev  ## everything that must hold
+	$(BIN)/python -m pytest
+
+notebooks: .venv/installed-dev  ## after editing nbs/: library, clean metadata, README
+	$(BIN)/nbdev-export && $(BIN)/nbdev-clean && $(MAKE) readme
+
+readme: .venv/installed-dev  ## README.md from nbs/index.ipynb
+	$(BIN)/python tests/readme.py --write
+
+.venv/uv:
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'aiexec needs Python 3.11 or newer: make PYTHON=python3.11 …')"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	touch $@
+
+.venv/installed: .venv/uv settings.ini setup.py pyproject.toml constraints.txt
+	$(INSTALL) --editable '.[examples,dashboard,lab]'
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(INSTALL) --editable '.[all,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist demo *.egg-info
