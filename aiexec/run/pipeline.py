@@ -81,9 +81,11 @@ class Graph:
         return {step for step, _ in self.nodes[name].references.values()}
 
     def _repr_html_(self) -> str:
-        lines = [f"{', '.join(sorted(self.feeding(name))) or '·'} → <b>{name}</b> → "
-                 + ", ".join(f"{one.name}: {one.annotation}" for one in self.nodes[name].signature.outputs) for name in self.order]
-        return "<br>".join(f"{line}" for line in lines)
+        lines = []
+        for name in self.order:
+            gives = ", ".join(f"{one.name}: {one.annotation}" for one in self.nodes[name].signature.outputs)
+            lines.append(f"{', '.join(sorted(self.feeding(name))) or '·'} → <b>{name}</b> → {escape(gives)}")
+        return "<br>".join(lines)
 
 
 def graph(
@@ -91,16 +93,18 @@ def graph(
 ) -> Graph:
     "Read and check a use case's pipeline; raises `PipelineError`, `NotebookError` or `ParameterError`."
     if not usecase.pipeline:
-        raise PipelineError(f"{usecase.name} has no pipeline.", "Add one to usecase.yaml: pipeline: {step: {notebook: step.ipynb}}.")
+        raise PipelineError(f"{usecase.name} has no pipeline.", "Add one to usecase.yaml: pipeline: {score: {notebook: score.ipynb}}.")
     for name, step in usecase.pipeline.items():
         for value in step.wires.values():
             match = isinstance(value, str) and REFERENCE.fullmatch(value)
             if match and match[1] not in usecase.pipeline:
-                raise PipelineError(f"Step {name}: {value} refers to a step that does not exist.", did_you_mean(match[1], usecase.pipeline))
+                problem = f"Step {name}: {value} refers to a step that does not exist."
+                raise PipelineError(problem, did_you_mean(match[1], usecase.pipeline))
     nodes = {name: read_node(usecase, name, step) for name, step in usecase.pipeline.items()}
     for node in nodes.values():
         check_wires(node, nodes)
-    return Graph(usecase, nodes, sorted_steps({name: [step for step, _ in node.references.values()] for name, node in nodes.items()}))
+    feeding = {name: [before for before, _ in node.references.values()] for name, node in nodes.items()}
+    return Graph(usecase, nodes, sorted_steps(feeding))
 
 # %% ../../nbs/3_run/34_pipeline.ipynb #3de626a0
 def check_wires(node: Node, nodes: dict[str, Node]) -> None:
@@ -108,7 +112,8 @@ def check_wires(node: Node, nodes: dict[str, Node]) -> None:
     takes = {one.name: one.annotation for one in node.signature.parameters}
     for parameter in [*node.references, *node.constants]:
         if parameter not in takes:
-            raise ParameterError(f"Step {node.name}: {node.notebook.name} has no parameter '{parameter}'.", did_you_mean(parameter, takes))
+            problem = f"Step {node.name}: {node.notebook.name} has no parameter '{parameter}'."
+            raise ParameterError(problem, did_you_mean(parameter, takes))
     for parameter, (step, output) in node.references.items():
         gives = {one.name: one.annotation for one in nodes[step].signature.outputs}
         if output not in gives:
