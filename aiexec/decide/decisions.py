@@ -99,11 +99,15 @@ def keep_decisions(
     fresh = frame[~frame.day.astype(str).isin(stand)]
     common = {"usecase": usecase, "window": window, "policy": policy.version, "at": now(), "run": run,
               "outcome": None, "value": None}
-    more = fresh.drop(columns=list(NAMED)).to_json(orient="records", date_format="iso", double_precision=15)
+    more = fresh.drop(columns=list(NAMED))
+    # a frame without columns has no records for pandas, but its rows are decisions all the same
+    payloads = (json.loads(more.to_json(orient="records", date_format="iso", double_precision=15)) if len(more.columns)
+                else [{}] * len(more))
     # to Python's own numbers and texts: a database driver knows no others
     columns = [fresh[name].astype(kind).tolist() for name, kind in
                zip(NAMED, (str, float, str, int, float, str, str))]
-    rows = [{**common, **dict(zip(NAMED, named)), "payload": payload} for *named, payload in zip(*columns, json.loads(more))]
+    rows = [{**common, **dict(zip(NAMED, named)), "payload": payload}
+            for *named, payload in zip(*columns, payloads, strict=True)]
     change.insert(DECISIONS, *rows)
     return rows
 
