@@ -93,7 +93,7 @@ def graph(
 ) -> Graph:
     "Read and check a use case's pipeline; raises `PipelineError`, `NotebookError` or `ParameterError`."
     if not usecase.pipeline:
-        raise PipelineError(f"{usecase.name} has no pipeline.", "Add one to usecase.yaml: pipeline: {score: {notebook: score.ipynb}}.")
+        raise PipelineError(f"{usecase.name} has no pipeline.", "Add one to usecase.yaml: a step and its notebook.")
     for name, step in usecase.pipeline.items():
         for value in step.wires.values():
             match = isinstance(value, str) and REFERENCE.fullmatch(value)
