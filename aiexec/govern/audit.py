@@ -21,6 +21,9 @@ class Finding:
     seq: int | None  # the event; None: the chain as a whole
     problem: str  # a sentence
 
+    def __str__(self) -> str:
+        return self.problem
+
 
 @dataclass(frozen=True)
 class Audit:
