@@ -59,10 +59,11 @@ def write_frame(
             frame.to_parquet(fresh)
     except (ValueError, TypeError, NotImplementedError) as why:  # Arrow's errors are among these
         cause = str(why).strip().splitlines()[0]
-        raise DataError(f"The table {Path(path).stem} cannot be kept as Parquet: {cause}.", "Give every column one type and a name.") from why
+        raise DataError(f"The table {Path(path).stem} cannot be kept as Parquet: {cause}.",
+                        "Give every column one type and a name.") from why
     return Path(path)
 
-
+# %% ../../nbs/2_data/22_datasets.ipynb #8352d6aa
 def record_dataset(
     ledger: Ledger,
     usecase: str,
@@ -71,7 +72,7 @@ def record_dataset(
     path: Path,  # the file, written
     rows: int,
     run: str = "",  # which run made it
-    change: Change | None = None,  # the transaction to be part of (declare DATASETS among its tables); one of its own if not given
+    change: Change | None = None,  # the transaction to be part of, with DATASETS among its tables; by default one of its own
 ) -> Dataset:
     "Record a table; what was recorded for that part before is replaced."
     path = Path(path).resolve()
@@ -116,9 +117,10 @@ def resolve_file(path: Path, usecase: str, root: Path) -> Dataset:
     for folder in (root / "usecases" / usecase, root):
         if (folder / path).is_file():
             return Dataset(path.name, "", (folder / path).resolve(), digest(folder / path), None)
-    raise DataError(f"The data file {path} does not exist.", f"Check its name; it is looked for in usecases/{usecase} and in {root}.")
+    raise DataError(f"The data file {path} does not exist.",
+                    f"Check its name; it is looked for in usecases/{usecase} and in {root}.")
 
-
+# %% ../../nbs/2_data/22_datasets.ipynb #d3096dc4
 def missing(name: str, partition: str, usecase: str, ledger: Ledger) -> DataError:
     "Why nothing is recorded under a name and part, in a sentence."
     rows = ledger.rows(DATASETS, order="partition", usecase=usecase)
@@ -126,7 +128,8 @@ def missing(name: str, partition: str, usecase: str, ledger: Ledger) -> DataErro
     span = f" (recorded: {parts[0]} to {parts[-1]})" if parts else ""
     names = {row["name"] for row in rows}
     near = f" {did_you_mean(name, names)}" if names and name not in names else ""
-    return DataError(f"{usecase} has no {name}{f' of {partition}' if partition else ''}{span}.", make_it(name, partition, usecase) + near)
+    part = f" of {partition}" if partition else ""
+    return DataError(f"{usecase} has no {name}{part}{span}.", make_it(name, partition, usecase) + near)
 
 
 def make_it(name: str, partition: str, usecase: str) -> str:
@@ -151,7 +154,8 @@ def read(
         ledger = ledger or open_ledger()
         reference = resolve(reference, usecase or here(ledger.settings.root), ledger)
     if digest(reference.path) != reference.digest:
-        raise DataError(f"{reference.reference} ({reference.path}) has changed since it was recorded.", "Make it again by its step.")
+        raise DataError(f"{reference.reference} ({reference.path}) has changed since it was recorded.",
+                        "Make it again by its step.")
     return read_frame(reference.path, allow_empty=True)
 
 

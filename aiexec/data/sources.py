@@ -58,7 +58,11 @@ def read_file(path: Path) -> pd.DataFrame:
         raise DataError(f"The data file {path} cannot be read: {cause.rstrip('.')}.", "Fetch it again, or mend it.") from why
 
 # %% ../../nbs/2_data/20_sources.ipynb #d2ee0a16
-def read_query(url: str, query: str, parameters: dict) -> tuple[pd.DataFrame, str]:  # the rows, and the source without its password
+def read_query(
+    url: str,
+    query: str,
+    parameters: dict,  # the values of its :names
+) -> tuple[pd.DataFrame, str]:  # the rows, and the source without its password
     "Read the answer to a query."
     engine = connect(url)
     shown = engine.url.render_as_string(hide_password=True)

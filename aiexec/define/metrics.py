@@ -74,7 +74,7 @@ METRICS = {
     for metric in (
         Metric("roc_auc", "up", "score", ranking(sklearn_metrics.roc_auc_score)),
         Metric("average_precision", "up", "score", ranking(sklearn_metrics.average_precision_score)),
-        Metric("log_loss", "down", "score", lambda labels, scores: float(sklearn_metrics.log_loss(labels, scores, labels=[0, 1]))),
+        Metric("log_loss", "down", "score", lambda labels, marks: float(sklearn_metrics.log_loss(labels, marks, labels=[0, 1]))),
         Metric("brier", "down", "score", lambda labels, scores: float(np.mean((scores - labels) ** 2))),
         Metric("calibration_error", "down", "score", calibration_error),
         Metric("mean_absolute_error", "down", "score", lambda labels, scores: float(np.abs(labels - scores).mean())),
@@ -108,7 +108,8 @@ def measure(
     truth, marks = column(labels, "labels"), column(scores, "scores")
     done = column(acted if acted is not None else np.zeros(len(truth)), "decisions")
     if not len(truth) == len(marks) == len(done):
-        raise DataError(f"There are {len(truth)} labels, {len(marks)} scores and {len(done)} decisions.", "Join them by prediction_id first.")
+        raise DataError(f"There are {len(truth)} labels, {len(marks)} scores and {len(done)} decisions.",
+                        "Join them by prediction_id first.")
     if not (np.isfinite(marks).all() and np.isfinite(done).all()):
         raise DataError("A score or a decision is missing or infinite.", "Score and decide every row.")
     for one in wanted:
@@ -140,4 +141,5 @@ def check_success(
         side = "at_least" if METRICS[line.metric].direction == "up" else "at_most"
         if getattr(line, side) is None:
             better = "greater" if side == "at_least" else "smaller"
-            raise SpecificationError(f"{where} asks for {line.text}, but {line.metric} is better when {better}.", f"Write {side}.")
+            raise SpecificationError(f"{where} asks for {line.text}, but {line.metric} is better when {better}.",
+                                     f"Write {side}.")

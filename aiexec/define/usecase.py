@@ -13,7 +13,8 @@ from html import escape
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Iterator, Literal, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, ValidationError, model_validator
+from pydantic import (AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, ValidationError,
+                      model_validator)
 
 from ..errors import SpecificationError, did_you_mean
 from ..files import read_yaml
@@ -57,7 +58,7 @@ PATTERNS = {r"^[a-z][a-z0-9_]{0,62}$": "a plain name: small letters, digits and 
             r"^[1-9] of [1-9]$": "windows of windows, such as '2 of 3'",
             r"^\S+( \S+){4}$": "the five fields of cron, such as '0 6 1 * *'"}
 
-
+# %% ../../nbs/1_define/10_usecase.ipynb #b8a0bea1
 def explain(
     fault: dict,  # one of pydantic's errors
     kind: type[Specification],  # what was being read
@@ -78,7 +79,7 @@ def explain(
     pattern = PATTERNS.get(fault.get("ctx", {}).get("pattern"))
     return problem, f"It should be {pattern or EXPECTED.get(fault['type'], plain)}."
 
-
+# %% ../../nbs/1_define/10_usecase.ipynb #c6b00256
 def keys_at(
     kind: type[Specification],  # where to begin
     place: list[str | int],  # the way down: keys, and positions in lists
@@ -159,7 +160,7 @@ class Step(Specification):
 
     notebook: Annotated[Inside, AfterValidator(notebook)]
     wires: dict[Parameter, Any] = Field(default={}, alias="with")  # parameter → step.output
-    trigger: Literal["schedule", "setup", "train"] = "schedule"
+    trigger: Literal["schedule", "setup", "labels", "train"] = "schedule"
 
 
 class Gate(Specification):
@@ -276,7 +277,8 @@ def load_usecase(
     usecase = read_specification(path, UseCase)
     folder = path.parent.resolve()
     if folder.parent.name == "usecases" and folder.name != usecase.name:
-        raise SpecificationError(f"{path}: the name is '{usecase.name}', but the folder is '{folder.name}'.", "Give both one name.")
+        raise SpecificationError(f"{path}: the name is '{usecase.name}', but the folder is '{folder.name}'.",
+                                 "Give both one name.")
     usecase._folder = folder
     return usecase
 

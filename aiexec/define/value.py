@@ -100,7 +100,7 @@ class Amount:
     def _repr_html_(self) -> str:
         return f"<b>{escape(self.currency)} {self.amount:,.0f}</b> <small>{self.grade}: {escape(self.what)}</small>"
 
-
+# %% ../../nbs/1_define/12_value.ipynb #bacccf04
 def total(
     amounts: Sequence[Amount],  # at least one
     what: str,  # what the sum is of
