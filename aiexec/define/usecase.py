@@ -65,6 +65,8 @@ def explain(
 ) -> tuple[str, str]:  # problem and remedy
     "Say one of pydantic's errors in the words of the file."
     place = [part if isinstance(part, int) else str(part) for part in fault["loc"] if part != "[key]"]
+    if fault["type"] == "invalid_key":  # YAML reads an unquoted `on` as a truth
+        place[-1] = str(fault["input"])
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
     if fault["type"] in UNKNOWN:
         return f"unknown key '{path}'", did_you_mean(str(place[-1]), keys_at(kind, place[:-1]))
@@ -176,6 +178,7 @@ class Model(Specification):
     "The registered model of a use case, with its gate."
 
     name: Name
+    history: int = Field(default=4, ge=2)  # labelled windows that a training is given; the newest is for testing
     gate: Gate = Gate()
 
 # %% ../../nbs/1_define/10_usecase.ipynb #03af187e
