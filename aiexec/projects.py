@@ -26,7 +26,7 @@ def template(
     home = beside if (beside / "project").is_dir() else Path(str(resources.files("aiexec.templates")))
     folder = home / name
     if not folder.is_dir():
-        known = [place.relative_to(home).as_posix() for place in home.glob("usecases/*") if place.is_dir()]
+        known = [path.relative_to(home).as_posix() for path in home.glob("usecases/*") if path.is_dir()]
         raise SpecificationError(f"There is no template '{name}'.", did_you_mean(name, known))
     return folder
 
@@ -41,7 +41,7 @@ def checked_name(name: str) -> str:
 
 # %% ../nbs/05_projects.ipynb #e502b002
 def lay_out(
-    sources: list[Path],  # template folders, laid over each other in this order
+    sources: list[tuple[Path, str]],  # template folders, and where in the project each goes ("" for its top)
     destination: Path,  # the folder to make
     **words: str,  # what stands for {{word}} in file names and texts
 ) -> Path:  # the folder made
@@ -52,10 +52,10 @@ def lay_out(
     fresh = destination.with_name(f".{destination.name}-making")
     shutil.rmtree(fresh, ignore_errors=True)
     try:
-        for source in sources:
+        for source, where in sources:
             for path in sorted(source.rglob("*")):
                 if path.is_file() and not {"__pycache__", ".ipynb_checkpoints"} & set(path.parts):
-                    place(path, fresh / filled(path.relative_to(source).as_posix(), words), words)
+                    place(path, fresh / where / filled(path.relative_to(source).as_posix(), words), words)
         if destination.exists():
             destination.rmdir()
         fresh.rename(destination)

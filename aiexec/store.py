@@ -230,6 +230,14 @@ class Ledger:
         with explained(self.url), self.engine.connect() as connection:
             return [dict(row) for row in connection.execute(query).mappings()]
 
+    def count(self, table: sa.Table, *by: str, **conditions) -> dict[tuple, int]:
+        "How many rows match, for each combination of some columns."
+        self.prepare(table)
+        columns = [table.c[name] for name in by]
+        query = sa.select(*columns, sa.func.count()).where(*where_all(table, conditions)).group_by(*columns)
+        with explained(self.url), self.engine.connect() as connection:
+            return {tuple(row[:-1]): row[-1] for row in connection.execute(query)}
+
     @contextmanager
     def change(
         self,
