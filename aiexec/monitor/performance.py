@@ -29,7 +29,7 @@ def auc_interval(
     scores: np.ndarray,  # one a row
     confidence: float = 0.95,
 ) -> tuple[float, float]:  # NaN when a class has fewer than two rows, or nothing varies
-    "An interval of the ROC AUC: DeLong, DeLong and Clarke-Pearson, Biometrics 44 (1988); by ranks: Sun and Xu, IEEE SPL 21 (2014)."
+    "An interval of the ROC AUC: DeLong et al., Biometrics 44 (1988), 837–845; by ranks: Sun and Xu, IEEE SPL 21 (2014)."
     late, timely = scores[labels == 1], scores[labels == 0]
     if min(len(late), len(timely)) < 2:
         return math.nan, math.nan
@@ -107,8 +107,8 @@ class Performance:
 
     def table(self) -> pd.DataFrame:
         "One row a metric."
-        return pd.DataFrame([{"metric": name, "value": figures[0], "low": figures[1], "high": figures[2], "why": self.why.get(name, "")}
-                             for name, figures in self.values.items()])
+        return pd.DataFrame([{"metric": name, "value": value, "low": low, "high": high, "why": self.why.get(name, "")}
+                             for name, (value, low, high) in self.values.items()])
 
     def _repr_html_(self) -> str:
         head = f"{self.labelled:,} of {self.rows:,} predictions have their label ({self.coverage:.0%})"
@@ -132,22 +132,29 @@ def realised(
     truth = column(joined.label, "labels") if {one.name for one in wanted} <= CONTINUOUS else numbers(joined.label, "labels")
     known = ~np.isnan(truth)
     scores = column(joined.score, "scores")
-    if not np.isfinite(scores).all():
-        raise DataError(f"{int((~np.isfinite(scores)).sum())} scores are missing or infinite.", "Score every row, or leave it out.")
+    unusable = int((~np.isfinite(scores)).sum())
+    if unusable:
+        raise DataError(f"{unusable} scores are missing or infinite.", "Score every row, or leave it out.")
     given = {"score": (truth[known], scores[known]), "label": (truth[known], scores[known] >= threshold)}
     if any(one.needs == "value" for one in wanted):
         if value is None or "acted" not in joined.columns:
-            raise ParameterError("A metric is about decisions, and none were given.", "Give value, and a column acted in the predictions.")
+            raise ParameterError("A metric is about decisions, and none were given.",
+                                 "Give value, and a column acted in the predictions.")
         given["value"] = (truth[known], numbers(joined.acted, "decisions")[known] == 1, value)
     found = {one.name: figures_of(one, given[one.needs], confidence) for one in wanted}
-    why = {name: reason for name, (figures, reason) in found.items() if reason}
+    values = {name: figures for name, (figures, _) in found.items()}
+    why = {name: reason for name, (_, reason) in found.items() if reason}
     none = f" {strangers:,} labels belong to predictions that were never made." if strangers else ""
     if not known.any():
         why = {name: f"None of {len(joined):,} predictions has its label.{none}" for name in found}
-    return Performance(len(joined), int(known.sum()), strangers, confidence, {name: figures for name, (figures, _) in found.items()}, why)
+    return Performance(len(joined), int(known.sum()), strangers, confidence, values, why)
 
-
-def figures_of(one: Metric, arrays: tuple, confidence: float) -> tuple[Figures, str]:  # the figures; the reason where there are none
+# %% ../../nbs/6_monitor/62_performance.ipynb #1be928f1
+def figures_of(
+    one: Metric,
+    arrays: tuple,  # what its function takes
+    confidence: float,
+) -> tuple[Figures, str]:  # the figures; the reason where there are none
     "A metric with its interval."
     nothing, labels = (None, None, None), arrays[0]
     if len(labels) < 2:
@@ -155,7 +162,9 @@ def figures_of(one: Metric, arrays: tuple, confidence: float) -> tuple[Figures, 
     found = one.function(*arrays)
     if not math.isfinite(found):
         classes = np.unique(labels)
-        return nothing, f"Every label is {classes[0]:g}." if len(classes) == 1 else f"{one.name} is not defined for these predictions."
-    interval = auc_interval(*arrays, confidence) if one.name == "roc_auc" else jackknife_interval(one.function, arrays, confidence)
-    low, high = [float(end) if math.isfinite(end) else None for end in interval]
+        reason = f"Every label is {classes[0]:g}." if len(classes) == 1 else f"{one.name} is not defined for these predictions."
+        return nothing, reason
+    by_ranks = one.name == "roc_auc"
+    ends = auc_interval(*arrays, confidence) if by_ranks else jackknife_interval(one.function, arrays, confidence)
+    low, high = [float(end) if math.isfinite(end) else None for end in ends]
     return (float(found), low, high), ""

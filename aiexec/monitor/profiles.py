@@ -202,7 +202,8 @@ def merge_two(one: Profile, other: Profile) -> Profile:
     if different:
         raise DataError(f"Only one of two profiles has the column '{different[0]}'.",
                         did_you_mean(different[0], (set(one.columns) | set(other.columns)) - {different[0]}))
-    return Profile(one.rows + other.rows, {name: merge_columns(column, other.columns[name]) for name, column in one.columns.items()})
+    columns = {name: merge_columns(column, other.columns[name]) for name, column in one.columns.items()}
+    return Profile(one.rows + other.rows, columns)
 
 
 def merge_columns(one: Column, other: Column) -> Column:
@@ -211,7 +212,8 @@ def merge_columns(one: Column, other: Column) -> Column:
     if one.kind != other.kind:
         return Column(one.name, "mixed", missing, infinite, (), (one.values + other.values,))
     if one.cells != other.cells:
-        raise DataError(f"The column '{one.name}' was counted on different cells.", "Count both with profile_on and one reference.")
+        raise DataError(f"The column '{one.name}' was counted on different cells.",
+                        "Count both with profile_on and one reference.")
     lows, highs = [[end for end in ends if end is not None] for ends in ((one.low, other.low), (one.high, other.high))]
     counts = tuple(a + b for a, b in zip(one.counts, other.counts))
     return Column(one.name, one.kind, missing, infinite, one.cells, counts, min(lows, default=None), max(highs, default=None))
