@@ -36,6 +36,15 @@ class SqlReceiver:
         "The operations database of a project."
         return cls(settings.url("operations"))
 
+    def prepare(self) -> None:
+        "Make the table when it is not there: a role that may only insert finds it made by somebody else."
+        if sa.inspect(self.engine).has_table(self.table.name):
+            return
+        with self.engine.connect().execution_options(writes=True) as connection, connection.begin():
+            if connection.dialect.name == "postgresql":  # where IF NOT EXISTS does not wait for who is just making it
+                connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7373)")
+            connection.execute(sa.schema.CreateTable(self.table, if_not_exists=True))
+
     def deliver(self, messages: list[dict]) -> dict[str, Receipt]:
         "Insert the messages that are new, in one transaction; raises `DeliveryError`."
         rows = [{**{key: one[key] for key in ("message", "usecase", "window", "payload")}, "received": now(),
@@ -43,8 +52,8 @@ class SqlReceiver:
         insert = import_module(f"sqlalchemy.dialects.{self.engine.dialect.name}").insert(self.table)
         fresh = insert.on_conflict_do_nothing(index_elements=["message"]).returning(self.table.c.message)
         try:
+            self.prepare()
             with self.engine.connect().execution_options(writes=True) as connection, connection.begin():
-                connection.execute(sa.schema.CreateTable(self.table, if_not_exists=True))
                 new = set(connection.scalars(fresh, rows)) if rows else set()
         except sa.exc.SQLAlchemyError as why:
             place = self.engine.url.render_as_string(hide_password=True)
