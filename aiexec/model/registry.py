@@ -7,7 +7,7 @@ __all__ = ['VERSIONS', 'ALIASES', 'TRUSTED', 'PARTS', 'ANY', 'tree_digest', 'che
            'acting', 'orphan', 'upload', 'entitle', 'versions', 'Move', 'history', 'champion', 'find_version',
            'promote', 'already', 'next_move', 'mend', 'rollback']
 
-# %% ../../nbs/4_model/41_registry.ipynb #d9989b83
+# %% ../../nbs/4_model/41_registry.ipynb #40ff3715
 import os
 import re
 import tempfile
@@ -36,7 +36,7 @@ from .tracking import experiment, is_number, quiet, tracking_client, usable
 from ..settings import Settings, current_actor
 from ..store import Change, Ledger, canonical, declare, now, open_ledger
 
-# %% ../../nbs/4_model/41_registry.ipynb #d319bb1c
+# %% ../../nbs/4_model/41_registry.ipynb #ffbd1575
 VERSIONS = declare(
     "model_versions", key=("model", "version"), model="text", version="int", digest="text", content="text", source="text",
     run="text", step="text", tracked="text", trained_on="json", metrics="json", at="text", actor="text")
@@ -44,7 +44,7 @@ ALIASES = declare(
     "alias_moves", key=("model", "alias", "seq"), model="text", alias="text", seq="int", version="int", previous="int",
     at="text", actor="text", reason="text", evidence="json", run="text", step="text")
 
-# %% ../../nbs/4_model/41_registry.ipynb #4f6d3062
+# %% ../../nbs/4_model/41_registry.ipynb #3f9f5771
 TRUSTED = (
     "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor", "sklearn.tree._tree.Tree", "numpy.dtype",
     "sklearn.calibration._CalibratedClassifier", "sklearn.calibration._SigmoidCalibration",
@@ -59,7 +59,7 @@ def tree_digest(folder: Path) -> str:  # SHA-256 as 64 hexadecimal digits
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "registered_model_meta")
     return digest_of([[path.relative_to(folder).as_posix(), digest(path)] for path in files])
 
-# %% ../../nbs/4_model/41_registry.ipynb #c8426c4d
+# %% ../../nbs/4_model/41_registry.ipynb #05f598e7
 def checked_model(name: str, model: Any, example: pd.DataFrame) -> None:
     "Refuse what could not be stored safely or scored with later; raises `RegistryError` and `DataError`."
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,62}", name):
@@ -82,7 +82,7 @@ def foreign(model: Any) -> list[str]:
     except (TypeError, ValueError, AttributeError, PicklingError) as why:  # a part that holds a file, a lock, a generator
         return [str(why)]
 
-# %% ../../nbs/4_model/41_registry.ipynb #d7c28cd7
+# %% ../../nbs/4_model/41_registry.ipynb #2ad04ebc
 def write_tree(
     model: Any,  # a fitted scikit-learn classifier or pipeline
     example: pd.DataFrame,  # rows as the model gets them
@@ -98,19 +98,21 @@ def write_tree(
     rows.to_json(folder / "example.json", orient="split", index=False)
     return tree_digest(folder)
 
-# %% ../../nbs/4_model/41_registry.ipynb #e998fa64
+# %% ../../nbs/4_model/41_registry.ipynb #120714bc
 def register(
     name: str,  # of the registered model
     model: Any,  # a fitted scikit-learn classifier or pipeline
     example: pd.DataFrame,  # some rows as the model gets them
     *,
     metrics: dict[str, float],  # how it did, and on nothing it was trained on
-    trained_on: dict,  # window, rows, datasets with their digests
+    trained_on: dict,  # window, rows, datasets: digest by reference; and what else is worth knowing
     settings: Settings | None = None,  # of the project of the working folder, if not given
     ledger: Ledger | None = None,
 ) -> int:  # the version
     "Store a model as the next version; raises `RegistryError`."
     checked_model(name, model, example)
+    if not isinstance(trained_on.get("datasets", {}), dict):
+        raise DataError("The datasets in trained_on have no digests.", "Write {reference: digest}, one for each.")
     ledger = ledger or open_ledger(settings)
     trained_on = loads(canonical(trained_on))
     origin = {"content": joblib.hash([model, trained_on]), **acting()}
@@ -140,7 +142,7 @@ def orphan(client: MlflowClient, name: str, origin: dict) -> ModelVersion | None
     found = client.search_model_versions(f"name='{name}'")
     return next((one for one in found if tags.items() <= one.tags.items()), None)
 
-# %% ../../nbs/4_model/41_registry.ipynb #51bbf995
+# %% ../../nbs/4_model/41_registry.ipynb #98e959b1
 def upload(
     client: MlflowClient,
     name: str,
@@ -178,12 +180,12 @@ def entitle(client: MlflowClient, name: str) -> None:
         if why.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
 
-# %% ../../nbs/4_model/41_registry.ipynb #cbc1bc64
+# %% ../../nbs/4_model/41_registry.ipynb #6ccb3521
 def versions(name: str, ledger: Ledger) -> list[dict]:  # oldest first
     "What is registered under a name."
     return ledger.rows(VERSIONS, order="version", model=name)
 
-# %% ../../nbs/4_model/41_registry.ipynb #20d0310c
+# %% ../../nbs/4_model/41_registry.ipynb #93ad24a8
 ANY = "any"  # no expectation of where an alias stands
 
 
@@ -223,7 +225,7 @@ def champion(
     moves = [move for move in history(name, ledger, alias) if at is None or move.at <= at]
     return moves[-1].version if moves else None
 
-# %% ../../nbs/4_model/41_registry.ipynb #0df44b52
+# %% ../../nbs/4_model/41_registry.ipynb #e39b02a5
 def find_version(
     name: str,
     version: int | str,  # a number, or an alias
@@ -242,7 +244,7 @@ def find_version(
             return row
     raise RegistryError(f"{name} has no version {number}.", f"Its versions: {', '.join(str(row['version']) for row in known)}.")
 
-# %% ../../nbs/4_model/41_registry.ipynb #f7c0c8d7
+# %% ../../nbs/4_model/41_registry.ipynb #e841eb0f
 def promote(
     name: str,
     version: int,
@@ -289,7 +291,7 @@ def next_move(change: Change, name: str, alias: str, expect: int | str | None, b
         raise StaleWrite(f"{stands}; nothing was moved.", "Look at aiexec models and decide again.")
     return Move(name, alias, last["seq"] + 1, previous=last["version"], at=now(), **body)
 
-# %% ../../nbs/4_model/41_registry.ipynb #bb1a6bff
+# %% ../../nbs/4_model/41_registry.ipynb #00c194d9
 def mend(
     name: str,
     settings: Settings | None = None,  # of the project of the working folder, if not given
@@ -314,7 +316,7 @@ def mend(
     told += [f"{name} version {number} is in MLflow, but not in the ledger." for number in sorted(numbers - known)]
     return told
 
-# %% ../../nbs/4_model/41_registry.ipynb #9617705d
+# %% ../../nbs/4_model/41_registry.ipynb #167a6136
 def rollback(
     name: str,
     reason: str,  # what went wrong
