@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CATEGORIES', 'SCHEDULE', 'OBSERVED', 'WEATHER', 'MODEL', 'COLUMNS', 'OUTCOMES', 'LATE', 'EVENING', 'CLOCK', 'dates',
-           'flight_id', 'sampled', 'label', 'evening_weather', 'minute_of_day', 'features', 'read_part',
-           'read_schedule', 'read_labels', 'classifier']
+           'flight_id', 'sampled', 'label', 'evening_weather', 'minute_of_day', 'features', 'common_levels', 'pooled',
+           'read_part', 'read_schedule', 'read_labels', 'classifier']
 
 # %% ../nbs/features.ipynb #941d732d
 import hashlib
@@ -93,6 +93,23 @@ def features(
         "planned_minutes": (arrival - departure) % CLOCK, "distance": frame.distance,
     })
     return pd.concat([frame[CATEGORIES], schedule.astype(float), frame[WEATHER].astype(float)], axis=1)
+
+# %% ../nbs/features.ipynb #86aeeaaf
+def common_levels(
+    seen: pd.DataFrame,  # features of the training data
+    share: float = 0.01,  # of the rows, from which a level is counted apart
+) -> dict[str, list[str]]:  # levels by column
+    "The carriers, origins and destinations that are common."
+    shares = {name: seen[name].value_counts(normalize=True) for name in CATEGORIES}
+    return {name: sorted(found[found >= share].index) for name, found in shares.items()}
+
+
+def pooled(
+    frame: pd.DataFrame,  # features
+    common: dict[str, list[str]],  # as `common_levels` gave it
+) -> pd.DataFrame:
+    "The same with rare levels as `other`."
+    return frame.assign(**{name: frame[name].where(frame[name].isin(levels), "other") for name, levels in common.items()})
 
 # %% ../nbs/features.ipynb #8cc2833e
 def read_part(
