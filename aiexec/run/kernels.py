@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PR_SET_PDEATHSIG', 'LIBC', 'STOP_SECONDS', 'POLL_SECONDS', 'READY_SECONDS', 'PRELOADED', 'INLINE', 'READ_AT_START',
-           'die_with_parent', 'kill_group', 'ForkedKernel', 'KernelProvisioner', 'Kernel', 'WarmKernels',
+           'MODELS', 'die_with_parent', 'kill_group', 'ForkedKernel', 'KernelProvisioner', 'Kernel', 'WarmKernels',
            'start_server', 'changed', 'fork', 'order', 'running_kernel', 'short_folder', 'new_manager', 'ready',
-           'heard']
+           'heard', 'open_kernels', 'kernel_environment', 'KernelSource']
 
 # %% ../../nbs/3_run/31_kernels.ipynb #5f1a218c
 import asyncio
@@ -21,16 +21,18 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty
-from typing import Any, AsyncIterator
+from typing import Any, AsyncIterator, Iterable
 
 from jupyter_client import AsyncKernelManager
 from jupyter_client.asynchronous import AsyncKernelClient
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.provisioning import LocalProvisioner
+
+from ..settings import KEYS, Settings
 
 # %% ../../nbs/3_run/31_kernels.ipynb #20c9f6c2
 PR_SET_PDEATHSIG = 1
@@ -321,3 +323,38 @@ async def heard(channel: Any, asked: set[str], seconds: float) -> bool:
     except Empty:
         return False
     return message["parent_header"].get("msg_id") in asked
+
+# %% ../../nbs/3_run/31_kernels.ipynb #cc870755
+MODELS = ("mlflow.sklearn", "mlflow.store.tracking.sqlalchemy_store", "skops.io", "aiexec.data.datasets", "pandera.pandas")
+
+
+def open_kernels(
+    settings: Settings,
+    models: bool = True,  # whether notebooks register or load models: mlflow takes a while to import
+) -> WarmKernels:  # to be opened with `with`
+    "Kernels for the runs of a project."
+    preload = (*PRELOADED, *MODELS) if models else PRELOADED
+    return WarmKernels(preload, warm=settings.kernels == "warm", environment={"PYTHONPATH": str(settings.root)})
+
+
+def kernel_environment(settings: Settings, **about: str) -> dict[str, str]:  # about: run, step, usecase
+    "The variables by which a notebook finds its project and knows what it is part of."
+    chosen = {key: str(getattr(settings, key)) for key in KEYS if getattr(settings, key)}
+    names = {**chosen, **about, "root": str(settings.root)}
+    return {"PYTHONPATH": str(settings.root), **{f"AIEXEC_{name.upper()}": value for name, value in names.items()}}
+
+
+@dataclass
+class KernelSource:
+    "The kernels of a run, opened only when a step needs one."
+
+    settings: Settings
+    given: WarmKernels | None  # the caller's, who closes them
+    stack: ExitStack
+
+    def open(self, steps: int, texts: Iterable[str]) -> WarmKernels | None:  # None: cold kernels
+        "The kernels for the steps that remain: a fork server pays from the second step on."
+        if self.given is None and steps > 1 and self.settings.kernels == "warm":
+            models = any(word in text for text in texts for word in ("mlflow", "aiexec.model", "aiexec.serve"))
+            self.given = self.stack.enter_context(open_kernels(self.settings, models))
+        return self.given
