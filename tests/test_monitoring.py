@@ -20,6 +20,12 @@ from aiexec.store import open_ledger
 CHANCE = np.random.default_rng(20130401)
 
 
+@pytest.fixture(autouse=True)
+def the_same_chance_for_each_test():
+    global CHANCE
+    CHANCE = np.random.default_rng(20130401)
+
+
 @pytest.fixture
 def ledger(tmp_path):
     return open_ledger(Settings(tmp_path, actor="ada"))
@@ -227,6 +233,19 @@ def test_the_jackknife_covers_the_truth_as_often_as_it_says():
         low, high = jackknife_interval(np.mean, (sample,))
         covered += low < 1 < high
     assert 180 <= covered <= 199
+
+
+def test_days_that_share_their_luck_widen_the_interval_to_the_truth():
+    covered = {None: 0, "day": 0}
+    for _ in range(60):
+        rate = np.repeat(CHANCE.uniform(0.1, 0.5, 30), 40)
+        ids = pd.Index([f"p{n}" for n in range(1200)])
+        frame = pd.DataFrame({"prediction_id": ids, "score": 0.3, "day": np.repeat(range(30), 40)})
+        labels = pd.Series((CHANCE.random(1200) < rate).astype(float), ids)
+        for together in covered:
+            _, low, high = realised(frame, labels, ["brier"], together=together).values["brier"]
+            covered[together] += low < 0.21 < high  # the mean of (label − .3)² at a mean rate of .3
+    assert covered["day"] >= 52 > 48 >= covered[None]
 
 
 def test_labels_join_by_id_and_not_by_place():

@@ -53,13 +53,14 @@ def jackknife_interval(
     function: Callable[..., float],  # of arrays
     arrays: tuple,  # the arrays, one element a row; anything else is passed as it is
     confidence: float = 0.95,
+    together: np.ndarray | None = None,  # the group of each row, such as its day; rows are independent if not given
 ) -> tuple[float, float]:  # NaN when a part cannot be measured, or nothing varies
     "An interval of any metric by the delete-a-group jackknife: P. S. Kott, Journal of Official Statistics 17 (2001), 521–526."
     rows = len(arrays[0])
-    groups = min(GROUPS, rows)
+    part = np.random.default_rng(0).permutation(rows) % GROUPS if together is None else pd.factorize(together)[0]
+    groups = part.max(initial=-1) + 1
     if groups < 2:
         return math.nan, math.nan
-    part = np.random.default_rng(0).permutation(rows) % groups
     parts = [[each[part != group] if isinstance(each, np.ndarray) else each for each in arrays] for group in range(groups)]
     without = np.array([function(*each) for each in parts])
     spread = math.sqrt((groups - 1) * np.mean((without - without.mean()) ** 2))
@@ -125,6 +126,7 @@ def realised(
     confidence: float = 0.95,  # of the intervals
     threshold: float = 0.5,  # from which a score counts as a yes
     value: Value | None = None,  # what outcomes are worth, where a metric is about decisions
+    together: str | None = None,  # column whose rows share their luck, such as day; rows are independent if not given
 ) -> Performance:
     "Measure predictions against the labels that have come; raises `DataError` and `ParameterError`."
     wanted = [metric(name) for name in metrics]
@@ -141,7 +143,10 @@ def realised(
             raise ParameterError("A metric is about decisions, and none were given.",
                                  "Give value, and a column acted in the predictions.")
         given["value"] = (truth[known], numbers(joined.acted, "decisions")[known] == 1, value)
-    found = {one.name: figures_of(one, given[one.needs], confidence) for one in wanted}
+    if together is not None and together not in joined.columns:
+        raise DataError(f"The predictions have no column '{together}'.", did_you_mean(together, map(str, joined.columns)))
+    shared = None if together is None else joined[together].to_numpy()[known]
+    found = {one.name: figures_of(one, given[one.needs], confidence, shared) for one in wanted}
     values = {name: figures for name, (figures, _) in found.items()}
     why = {name: reason for name, (_, reason) in found.items() if reason}
     none = f" {strangers:,} labels belong to predictions that were never made." if strangers else ""
@@ -154,6 +159,7 @@ def figures_of(
     one: Metric,
     arrays: tuple,  # what its function takes
     confidence: float,
+    together: np.ndarray | None,  # the group of each row
 ) -> tuple[Figures, str]:  # the figures; the reason where there are none
     "A metric with its interval."
     nothing, labels = (None, None, None), arrays[0]
@@ -164,7 +170,7 @@ def figures_of(
         classes = np.unique(labels)
         reason = f"Every label is {classes[0]:g}." if len(classes) == 1 else f"{one.name} is not defined for these predictions."
         return nothing, reason
-    by_ranks = one.name == "roc_auc"
-    ends = auc_interval(*arrays, confidence) if by_ranks else jackknife_interval(one.function, arrays, confidence)
+    by_ranks = one.name == "roc_auc" and together is None
+    ends = auc_interval(*arrays, confidence) if by_ranks else jackknife_interval(one.function, arrays, confidence, together)
     low, high = [float(end) if math.isfinite(end) else None for end in ends]
     return (float(found), low, high), ""
