@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pwd
 import random
 import shutil
 import signal
@@ -54,9 +55,11 @@ def server():
         pytest.fail(missing) if os.environ.get("AIEXEC_REQUIRE_POSTGRES") == "1" else pytest.skip(missing)
     folder = Path(tempfile.mkdtemp(prefix="aiexec-postgres-"))
     # PostgreSQL refuses to run as root
-    user = {"user": "nobody", "group": "nogroup", "extra_groups": []} if os.geteuid() == 0 else {}
-    if user:
-        shutil.chown(folder, "nobody", "nogroup")
+    user = {}
+    if os.geteuid() == 0:
+        nobody = pwd.getpwnam("nobody")
+        user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+        os.chown(folder, nobody.pw_uid, nobody.pw_gid)
     data, log = folder / "data", (folder / "log").open("wb")
     try:
         subprocess.run([places[0] / "initdb", "-D", data, "-U", "aiexec", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"],
