@@ -34,7 +34,7 @@ def imported(
             yield base
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
-
+# %% ../../nbs/3_run/33_fingerprint.ipynb #a2a69f19
 def find_module(
     name: str,  # dotted
     places: list[Path],  # folders that imports are looked up in
@@ -53,7 +53,7 @@ def find_module(
             yield from found
             return
 
-
+# %% ../../nbs/3_run/33_fingerprint.ipynb #30235e83
 def project_modules(
     trees: list[ast.Module],  # of a notebook's cells
     places: list[Path],  # the notebook's folder, and the project's
@@ -68,7 +68,7 @@ def project_modules(
                 waiting += imported(tree_of(found[path]), package)
     return found
 
-
+# %% ../../nbs/3_run/33_fingerprint.ipynb #cbdddeeb
 def tree_of(source: str) -> ast.Module:
     "Python's tree; empty for what is no Python, which then fails where it is imported."
     try:
@@ -93,7 +93,7 @@ def named_files(
             if not hidden and path.suffix != ".ipynb" and path.is_file():
                 yield path
 
-
+# %% ../../nbs/3_run/33_fingerprint.ipynb #1f5d43a5
 @cache
 def environment() -> str:
     "The digest of Python's version and of every installed distribution's."
@@ -108,7 +108,7 @@ class Fingerprint:
     key: str  # SHA-256 of the parts
     parts: dict[str, str]  # by what they are: "code", "parameter month", "input flights", "module …", "file …"
 
-
+# %% ../../nbs/3_run/33_fingerprint.ipynb #80c031d2
 def fingerprint(
     notebook: Path,
     parameters: dict[str, Any],  # plain values; datasets go into inputs
@@ -131,7 +131,7 @@ def fingerprint(
     parts = dict(sorted(parts.items()))
     return Fingerprint(digest_of(parts), parts)
 
-
+# %% ../../nbs/3_run/33_fingerprint.ipynb #61d56550
 def parsed(cell: Cell) -> ast.Module:
     "A cell's tree; empty for what is no Python."
     try:

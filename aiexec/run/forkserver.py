@@ -38,7 +38,7 @@ class Order:
     environment: dict[str, str]  # the kernel's whole environment
     folder: str  # private to the kernel; removed here only when the runner could not
 
-
+# %% ../../nbs/3_run/38_forkserver.ipynb #26c042c2
 @dataclass(frozen=True)
 class Lease:
     "A forked kernel together with the channel that keeps it alive."
@@ -57,7 +57,7 @@ def read_order(channel: socket.socket) -> Order:
     channel.settimeout(None)
     return order
 
-
+# %% ../../nbs/3_run/38_forkserver.ipynb #089654c5
 def answer(channel: socket.socket, **message) -> None:
     "Tell the runner, which may have gone."
     try:
@@ -76,7 +76,7 @@ def preload(modules: list[str]) -> None:
     gc.collect()
     gc.freeze()
 
-
+# %% ../../nbs/3_run/38_forkserver.ipynb #95d72c62
 def settle(order: Order) -> None:
     "Make this fork look like a process of its own."
     os.chdir(order.cwd)
@@ -91,7 +91,7 @@ def settle(order: Order) -> None:
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()
 
-
+# %% ../../nbs/3_run/38_forkserver.ipynb #0c833f2f
 def become_kernel(order: Order) -> None:
     "Run an IPython kernel until it is shut down."
     settle(order)
@@ -106,7 +106,7 @@ def become_kernel(order: Order) -> None:
     app.start()
     leave()
 
-
+# %% ../../nbs/3_run/38_forkserver.ipynb #508e0fa2
 def leave() -> None:
     "End as an interpreter does, exit handlers included, but without taking the loaded modules apart (0.1 s)."
     threading._shutdown()
@@ -134,7 +134,7 @@ def fork_kernel(channel: socket.socket, folder: str) -> Lease | None:  # None in
         os._exit(1)
     return None
 
-
+# %% ../../nbs/3_run/38_forkserver.ipynb #dbf40c7d
 def end(lease: Lease) -> int:  # exit code, or minus the signal
     "Kill what is left of a kernel's group, and say how the kernel ended."
     for kill in (os.killpg, os.kill):
@@ -160,7 +160,7 @@ def close_lease(
     if abandoned:
         shutil.rmtree(lease.folder, ignore_errors=True)
 
-
+# %% ../../nbs/3_run/38_forkserver.ipynb #d4a13111
 def open_lease(
     watch: selectors.BaseSelector,  # gains the new lease
     control: socket.socket,  # brings the lease's channel
@@ -191,7 +191,7 @@ def leave_to_server(watch: selectors.BaseSelector) -> None:
     for key in list(watch.get_map().values()):
         os.close(key.fd) if isinstance(key.fileobj, int) else key.fileobj.close()
 
-
+# %% ../../nbs/3_run/38_forkserver.ipynb #1c2cab96
 def wait_for_order(
     control: socket.socket,  # from the runner
     owner: int,  # pidfd of the runner
@@ -214,7 +214,7 @@ def wait_for_order(
         for lease in {key.data.pid: key.data for key in watch.get_map().values() if key.data}.values():
             close_lease(watch, lease, abandoned=True)
 
-
+# %% ../../nbs/3_run/38_forkserver.ipynb #aea1c23e
 def serve(
     control: int,  # descriptor of the private socket to the runner
     runner: int,  # process number of the runner

@@ -52,7 +52,7 @@ def kill_group(group: int) -> None:
     except (ProcessLookupError, PermissionError):
         return
 
-
+# %% ../../nbs/3_run/31_kernels.ipynb #57dbe1f9
 class ForkedKernel:
     "A kernel whose parent is the fork server, with the face of a `subprocess.Popen`."
 
@@ -90,7 +90,7 @@ class ForkedKernel:
 # %% ../../nbs/3_run/31_kernels.ipynb #89e0a0e0
 STOP_SECONDS, POLL_SECONDS, READY_SECONDS = 5.0, 0.01, 60.0
 
-
+# %% ../../nbs/3_run/31_kernels.ipynb #eb765fda
 class KernelProvisioner(LocalProvisioner):
     "Starts a kernel warm when it can, and cold otherwise."
 
@@ -167,7 +167,7 @@ PRELOADED = (
 INLINE = "module://matplotlib_inline.backend_inline"
 READ_AT_START = ("PYTHON", "OMP_", "OPENBLAS_", "MKL_", "NUMEXPR_", "BLIS_", "MALLOC_", "LD_", "LC_", "LANG", "MPL")
 
-
+# %% ../../nbs/3_run/31_kernels.ipynb #25118fb1
 class WarmKernels:
     "A fork server for one runner process, and the kernels that come out of it."
 
@@ -218,7 +218,7 @@ def changed(ours: dict[str, str], kernels: dict[str, str]) -> str:
     names = sorted(name for name in {*ours, *kernels} if name.startswith(READ_AT_START))
     return next((name for name in names if ours.get(name) != kernels.get(name)), "")
 
-
+# %% ../../nbs/3_run/31_kernels.ipynb #b466d26a
 async def fork(
     kernels: WarmKernels,
     command: list[str],  # of the cold kernel
@@ -246,7 +246,7 @@ async def fork(
     ours.close()
     return None, said["refused"]
 
-
+# %% ../../nbs/3_run/31_kernels.ipynb #b3a3644e
 async def order(control: socket.socket, ours: socket.socket, theirs: socket.socket, **what) -> dict[str, Any]:
     "Send an order and wait for the answer: a process number, or a refusal."
     with theirs:
@@ -281,7 +281,7 @@ async def running_kernel(
         await manager.cleanup_resources()
         shutil.rmtree(folder, ignore_errors=True)
 
-
+# %% ../../nbs/3_run/31_kernels.ipynb #0a949d19
 def short_folder() -> str:
     "Where sockets can live: their paths are limited to 107 bytes."
     return tempfile.gettempdir() if len(os.fsencode(tempfile.gettempdir())) < 70 else "/tmp"
@@ -301,7 +301,7 @@ def new_manager(
     manager.provisioner.kernels = kernels
     return manager
 
-
+# %% ../../nbs/3_run/31_kernels.ipynb #76922756
 async def ready(kernel: Kernel) -> None:
     "Wait until a kernel with its channels started answers; raises `ConnectionError` when it ends first."
     pause, asked = 0.05, set()
@@ -315,7 +315,7 @@ async def ready(kernel: Kernel) -> None:
             raise ConnectionError("the kernel ended before it was ready")
         pause = min(2 * pause, 1.0)
 
-
+# %% ../../nbs/3_run/31_kernels.ipynb #67e34454
 async def heard(channel: Any, asked: set[str], seconds: float) -> bool:
     "Whether an answer to one of the messages `asked` comes within `seconds`."
     try:
@@ -343,7 +343,7 @@ def kernel_environment(settings: Settings, **about: str) -> dict[str, str]:  # a
     names = {**chosen, **about, "root": str(settings.root)}
     return {"PYTHONPATH": str(settings.root), **{f"AIEXEC_{name.upper()}": value for name, value in names.items()}}
 
-
+# %% ../../nbs/3_run/31_kernels.ipynb #1f9c8299
 @dataclass
 class KernelSource:
     "The kernels of a run, opened only when a step needs one."

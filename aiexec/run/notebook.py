@@ -47,7 +47,7 @@ class CellRun:
     status: str  # done, failed or not run
     seconds: float | None  # None when it did not run
 
-
+# %% ../../nbs/3_run/32_notebook.ipynb #9ddf1c1a
 @dataclass(frozen=True)
 class Execution:
     "What happened to a notebook."
@@ -62,7 +62,7 @@ class Execution:
     kernel: str = "cold"  # warm or cold
     notice: str = ""  # why it was cold
 
-
+# %% ../../nbs/3_run/32_notebook.ipynb #ba6d8751
 class Cancelled(KeyboardInterrupt):
     "Ctrl-C, once the notebook is written; `execution` is its record."
 
@@ -99,7 +99,7 @@ def check_parameters(parameters: dict[str, Any]) -> None:
 
 MARK = "aiexec-mark"
 
-
+# %% ../../nbs/3_run/32_notebook.ipynb #8be33fff
 def prepared(notebook: Path, parameters: dict[str, Any]) -> nbformat.NotebookNode:
     "The notebook with its parameters, without outputs and earlier marks."
     nb = load_notebook_node(str(notebook.resolve()))
@@ -124,7 +124,7 @@ async def run_cells(progress: NotebookExecutionManager, client: NotebookClient, 
             on_cell(index, cell)
     client.set_widgets_metadata()
 
-
+# %% ../../nbs/3_run/32_notebook.ipynb #923831bb
 async def take_outputs(client: NotebookClient, declared: dict[str, str], folder: Path | None) -> Execution:
     "Have the kernel hand over what was declared, by one silent execution that no cell keeps."
     if not declared:
@@ -203,7 +203,7 @@ def wait_for(coroutine: Coroutine) -> Execution:
             return failed("cancelled", "cancelled by Ctrl-C")
     return wait_in_thread(coroutine)
 
-
+# %% ../../nbs/3_run/32_notebook.ipynb #bd56b66b
 def wait_in_thread(coroutine: Coroutine) -> Execution:
     "The same on a thread and loop of its own."
     results, loop = [], asyncio.new_event_loop()
@@ -246,7 +246,7 @@ def mark(nb: nbformat.NotebookNode, ending: Execution) -> Execution:  # with its
     cells = tuple(cell_run(index, cell) for index, cell in enumerate(nb.cells) if cell.cell_type == "code")
     return replace(ending, cells=cells, cell=next((run.index for run in cells if run.status == "failed"), None))
 
-
+# %% ../../nbs/3_run/32_notebook.ipynb #81515815
 def banner(nb: nbformat.NotebookNode, cell: nbformat.NotebookNode | None, text: str) -> None:
     "Insert a text cell above a cell, or at the end."
     note = nbformat.v4.new_markdown_cell(text, metadata={"tags": [MARK], "papermill": {}})
@@ -260,7 +260,7 @@ def cell_run(index: int, cell: nbformat.NotebookNode) -> CellRun:
     cell.metadata["aiexec"] = {"status": status}
     return CellRun(index, status, noted.get("duration"))
 
-
+# %% ../../nbs/3_run/32_notebook.ipynb #84eea252
 def sign(progress: NotebookExecutionManager, ending: Execution) -> None:
     "Write the end into the notebook's metadata, papermill's keys and ours."
     progress.nb.metadata.papermill.update(end_time=progress.now().isoformat(), duration=ending.seconds,

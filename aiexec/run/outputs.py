@@ -30,7 +30,7 @@ def plain(value: Any) -> Any:
         return {key: plain(item) for key, item in value.items()}
     return value
 
-
+# %% ../../nbs/3_run/39_outputs.ipynb #d207ee4b
 def checked_value(name: str, value: Any, annotation: str) -> Any:
     "A value that fits its type and comes back from JSON as it is; raises `OutputError`."
     if isinstance(value, float) and not math.isfinite(value):
@@ -53,7 +53,7 @@ def is_file_kind(value: Any, kind: str) -> bool:
     "Whether a value is a frame or a figure."
     return any(base.__name__ in FILES[kind] for base in type(value).__mro__)
 
-
+# %% ../../nbs/3_run/39_outputs.ipynb #979a9228
 def to_file(
     name: str,  # of the output
     value: Any,  # a frame or a figure
@@ -89,7 +89,7 @@ def collected(name: str, annotation: str, namespace: dict[str, Any], folder: Pat
         raise OutputError(f"output {name} was declared {annotation} but is {type(value).__name__}")
     return {"value": checked_value(name, value, rest)}
 
-
+# %% ../../nbs/3_run/39_outputs.ipynb #28dc5e53
 def collect(
     namespace: dict[str, Any],  # of the notebook
     declared: dict[str, str],  # annotation by name

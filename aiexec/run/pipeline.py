@@ -33,7 +33,7 @@ class Node:
     references: dict[str, tuple[str, str]]  # (step, output) by parameter
     constants: dict[str, Any]  # value by parameter
 
-
+# %% ../../nbs/3_run/34_pipeline.ipynb #5067edee
 def read_node(usecase: UseCase, name: str, step: Step) -> Node:
     "Read a step's notebook; raises `PipelineError` or `NotebookError`."
     notebook = usecase.folder / step.notebook
@@ -51,7 +51,7 @@ def read_node(usecase: UseCase, name: str, step: Step) -> Node:
     return Node(name, step, notebook, read_signature(notebook), references, constants)
 
 # %% ../../nbs/3_run/34_pipeline.ipynb #06c768cb
-FEEDS = {("DataFrame", "Dataset"), ("DataFrame", "Path"), ("Figure", "Path"), ("int", "float")}
+FEEDS = {("DataFrame", "Dataset"), ("DataFrame", "list[Dataset]"), ("DataFrame", "Path"), ("Figure", "Path"), ("int", "float")}
 
 
 def feeds(
@@ -87,7 +87,7 @@ class Graph:
             lines.append(f"{', '.join(sorted(self.feeding(name))) or '·'} → <b>{name}</b> → {escape(gives)}")
         return "<br>".join(lines)
 
-
+# %% ../../nbs/3_run/34_pipeline.ipynb #98aa3d08
 def graph(
     usecase: UseCase,
 ) -> Graph:
@@ -125,7 +125,7 @@ def check_wires(node: Node, nodes: dict[str, Node]) -> None:
         if not fits(value, takes[parameter]):
             raise ParameterError(f"Step {node.name}: {parameter} is {takes[parameter]}, not {value!r}.", "Mend usecase.yaml.")
 
-
+# %% ../../nbs/3_run/34_pipeline.ipynb #18c7639b
 def sorted_steps(
     feeding: dict[str, list[str]],  # the steps that feed each step
 ) -> tuple[str, ...]:
@@ -158,7 +158,7 @@ def steps_for(
     chosen = set(only) or {name for name, node in graph.nodes.items() if node.step.trigger == trigger}
     return tuple(name for name in graph.order if name in chosen)
 
-
+# %% ../../nbs/3_run/34_pipeline.ipynb #09602b68
 def read_values(
     graph: Graph,
     texts: dict[str, str],  # as typed at a terminal
@@ -167,7 +167,7 @@ def read_values(
     known = {one.name: node.signature for node in reversed(graph.nodes.values()) for one in node.signature.parameters}
     return {name: parse(known[name], {name: text})[name] if name in known else text for name, text in texts.items()}
 
-
+# %% ../../nbs/3_run/34_pipeline.ipynb #c0bafdde
 def bind_steps(
     graph: Graph,
     steps: Iterable[str],  # of the run

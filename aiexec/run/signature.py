@@ -40,7 +40,7 @@ class Cell:
         text = re.sub(r"(?m)^(\s*)[%!?].*$|^(\s*)\S*\?+\s*$", r"\1\2pass", text)
         return ast.parse(re.sub(r"(?m)=\s*[%!].*$", "= None", text))
 
-
+# %% ../../nbs/3_run/30_signature.ipynb #3b7e9852
 def read_cells(
     path: Path,  # an .ipynb file
 ) -> list[Cell]:
@@ -76,7 +76,7 @@ TYPES = {
 }
 RESULTS = ("int", "float", "str", "bool", "list", "dict", "None", "DataFrame", "Figure")
 
-
+# %% ../../nbs/3_run/30_signature.ipynb #d3af09ac
 def is_date(text: str) -> bool:
     "Whether text is a day such as 2013-04-30."
     try:
@@ -84,7 +84,7 @@ def is_date(text: str) -> bool:
     except ValueError:
         return False
 
-
+# %% ../../nbs/3_run/30_signature.ipynb #4d45c1ef
 class Plain(ast.NodeTransformer):
     "Takes quotes and module names off the types in an annotation."
 
@@ -110,7 +110,7 @@ def alternatives(
         found += single
     return found
 
-
+# %% ../../nbs/3_run/30_signature.ipynb #347b879a
 def kinds(annotation: str) -> Iterator[str]:
     "The names of the types that an annotation uses."
     for node in alternatives(annotation):
@@ -121,7 +121,7 @@ def kinds(annotation: str) -> Iterator[str]:
             for part in inner:
                 yield from kinds(ast.unparse(part))
 
-
+# %% ../../nbs/3_run/30_signature.ipynb #5cf0cb4b
 def fits(
     value: Any,
     annotation: str,  # such as "list[Dataset] | None"
@@ -161,7 +161,7 @@ class Output:
     annotation: str
     help: str
 
-
+# %% ../../nbs/3_run/30_signature.ipynb #6c5c79bb
 @dataclass(frozen=True)
 class Signature:
     "What a notebook takes and gives."
@@ -193,7 +193,7 @@ def refusal(path: Path, cell: Cell, line: int, problem: str, remedy: str) -> Not
     error.finding = Finding(cell.number, line, problem, remedy)
     return error
 
-
+# %% ../../nbs/3_run/30_signature.ipynb #8189dbc1
 def tagged(path: Path, cells: list[Cell], tag: str) -> Cell | None:
     "The one cell that bears a tag."
     found = [cell for cell in cells if tag in cell.tags and cell.kind == "code"]
@@ -201,7 +201,7 @@ def tagged(path: Path, cells: list[Cell], tag: str) -> Cell | None:
         raise refusal(path, found[1], 1, f"a second cell is tagged {tag}.", "Keep the tag on one cell.")
     return found[0] if found else None
 
-
+# %% ../../nbs/3_run/30_signature.ipynb #e42dc580
 def declarations(path: Path, cell: Cell) -> Iterator[tuple[str, ast.expr | None, ast.expr | None, str, int]]:
     "Name, annotation, value, help and line of each assignment in a tagged cell."
     try:
@@ -219,7 +219,7 @@ def declarations(path: Path, cell: Cell) -> Iterator[tuple[str, ast.expr | None,
         elif not isinstance(node, (ast.Import, ast.ImportFrom, ast.Pass)):
             raise refusal(path, cell, line, "only 'name: type = value' can stand in a tagged cell.", "Move this line elsewhere.")
 
-
+# %% ../../nbs/3_run/30_signature.ipynb #19e22f55
 def annotation_text(path: Path, cell: Cell, line: int, name: str, node: ast.expr, known: Iterable[str]) -> str:
     "A checked annotation; raises `NotebookError` for a type that is not known."
     try:
@@ -248,7 +248,7 @@ def read_parameter(
         raise refusal(path, cell, line, f"{name} is declared {text}, but its value is {default!r}.", "Make them agree.")
     return Parameter(name, text, default, value is None, help)
 
-
+# %% ../../nbs/3_run/30_signature.ipynb #57505dff
 def read_signature(
     path: Path,  # an .ipynb file
 ) -> Signature:
@@ -281,7 +281,7 @@ def bind(
         raise ParameterError(f"{signature.notebook} needs a value for {', '.join(missing)}.", f"Give one: {missing[0]}=…")
     return {name: plain_value(values.get(name, one.default), one.annotation) for name, one in known.items()}
 
-
+# %% ../../nbs/3_run/30_signature.ipynb #0350d9a2
 def plain_value(value: Any, annotation: str) -> Any:
     "As it travels into a kernel: days and paths as text, a whole number as a float where one is asked for."
     if type(value) is int and "float" in (names := list(kinds(annotation))) and "int" not in names:
@@ -297,7 +297,7 @@ def parse(
     known = {one.name: one.annotation for one in signature.parameters}
     return {name: value_of(name, text, known[name]) if name in known else text for name, text in texts.items()}
 
-
+# %% ../../nbs/3_run/30_signature.ipynb #839796fd
 def value_of(name: str, text: str, annotation: str) -> Any:
     "The value that a text stands for, in a type; raises `ParameterError`."
     words = {"true": True, "false": False, "none": None}
@@ -334,7 +334,7 @@ def untagged(cells: list[Cell], tag: str, needs_value: bool) -> Iterator[Finding
             yield Finding(cell.number, 1, f"this cell looks like {tag} but has no tag {tag}.", f"Add the tag {tag} to the cell.")
             return
 
-
+# %% ../../nbs/3_run/30_signature.ipynb #0ed9172e
 def assigned(tree: ast.Module) -> Iterator[str]:
     "The names that code gives a value to."
     bare = {node.target for node in ast.walk(tree) if isinstance(node, ast.AnnAssign) and node.value is None}
