@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GATE', 'gaps', 'model_card', 'minute', 'table', 'plain']
 
-# %% ../../nbs/4_model/43_cards.ipynb #93b80f66
+# %% ../../nbs/4_model/43_cards.ipynb #bc6be76f
 from html import escape
 
 from ..define.risk import promotion_rule
@@ -15,7 +15,7 @@ from .registry import champion, find_version, history
 from .tracking import brief
 from ..store import Ledger
 
-# %% ../../nbs/4_model/43_cards.ipynb #876d4609
+# %% ../../nbs/4_model/43_cards.ipynb #7a2baaa9
 def gaps(
     record: dict,  # of the version
     verdicts: list[dict],  # of its gates
@@ -42,7 +42,7 @@ def gaps(
         found.append(f"The figures at training carry no interval{'; those of the gates do' if verdicts else ''}.")
     return found
 
-# %% ../../nbs/4_model/43_cards.ipynb #01c1399c
+# %% ../../nbs/4_model/43_cards.ipynb #15e40a3b
 def model_card(
     name: str,  # of the registered model
     version: int | str,  # a number, or an alias
@@ -78,7 +78,7 @@ def model_card(
         f"Files: SHA-256 `{record['digest']}`; MLflow run `{record['tracked']}`; aiexec run `{record['run'] or 'none'}`.",
     ])
 
-
+# %% ../../nbs/4_model/43_cards.ipynb #8908023d
 GATE = ["window", "against", "outcome", "why"]
 
 

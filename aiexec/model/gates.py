@@ -6,7 +6,7 @@
 __all__ = ['GATES', 'DRAWS', 'CHECK', 'weighted_auc', 'draw_metric', 'paired', 'Verdict', 'compare', 'groups_of', 'judged',
            'checked_rows', 'record_gate', 'gates']
 
-# %% ../../nbs/4_model/42_gates.ipynb #48e4b3bb
+# %% ../../nbs/4_model/42_gates.ipynb #5da49ade
 from dataclasses import dataclass
 from html import escape
 from json import loads
@@ -23,13 +23,13 @@ from .registry import acting, find_version
 from ..settings import current_actor
 from ..store import Ledger, canonical, declare, now
 
-# %% ../../nbs/4_model/42_gates.ipynb #2f6c6d2c
+# %% ../../nbs/4_model/42_gates.ipynb #fee08cde
 GATES = declare(
     "gates", key=("model", "version", "evidence"), model="text", version="int", evidence="text", digest="text",
     against="int", usecase="text", window="text", metric="text", outcome="text", difference="float", low="float", high="float",
     confidence="float", rows="int", checks="json", why="text", run="text", step="text", at="text", actor="text")
 
-# %% ../../nbs/4_model/42_gates.ipynb #1320873a
+# %% ../../nbs/4_model/42_gates.ipynb #6d7b553b
 DRAWS = 200
 
 
@@ -66,7 +66,7 @@ def draw_metric(one: Metric, labels: np.ndarray, scores: np.ndarray) -> Callable
 
     return measured
 
-# %% ../../nbs/4_model/42_gates.ipynb #516213c4
+# %% ../../nbs/4_model/42_gates.ipynb #8a214d82
 def paired(
     one: Metric,
     labels: np.ndarray,  # 1 or 0
@@ -86,7 +86,7 @@ def paired(
     reach = NormalDist().inv_cdf(0.5 + confidence / 2) * spread
     return {**values, "difference": difference, "low": difference - reach, "high": difference + reach}
 
-# %% ../../nbs/4_model/42_gates.ipynb #f40e617b
+# %% ../../nbs/4_model/42_gates.ipynb #63129892
 @dataclass(frozen=True, eq=False)
 class Verdict:
     "What a gate found."
@@ -104,7 +104,7 @@ class Verdict:
     def _repr_html_(self) -> str:
         return f"<b>{escape(self.outcome)}</b>: {escape(self.why)}{self.checks.round(4).to_html(index=False)}"
 
-
+# %% ../../nbs/4_model/42_gates.ipynb #c9369a78
 def compare(
     labels: Sequence,  # what happened: 1, 0 or missing
     champion_scores: Sequence[float],  # of the same rows
@@ -132,7 +132,7 @@ def compare(
         checks.append(check)
     return judged(one.name, confidence, pd.DataFrame(checks, columns=CHECK))
 
-
+# %% ../../nbs/4_model/42_gates.ipynb #5367ab4a
 def groups_of(segments: pd.Series | pd.DataFrame | None, known: np.ndarray) -> list[tuple[str, np.ndarray]]:
     "All rows with labels, then those of each group; raises `DataError`."
     frame = pd.DataFrame(index=range(len(known))) if segments is None else pd.DataFrame(segments)
@@ -141,7 +141,7 @@ def groups_of(segments: pd.Series | pd.DataFrame | None, known: np.ndarray) -> l
     return [("all rows", known)] + [(f"{name} {value}", known & (values == value).to_numpy())
                                     for name, values in frame.items() for value in sorted(values.dropna().unique())]
 
-# %% ../../nbs/4_model/42_gates.ipynb #e13c9b9e
+# %% ../../nbs/4_model/42_gates.ipynb #b42e82a6
 CHECK = ["check", "rows", "champion", "challenger", "difference", "low", "high", "outcome"]
 
 
@@ -172,7 +172,7 @@ def checked_rows(labels: Sequence, champion: Sequence, challenger: Sequence) -> 
         raise DataError("A score is missing or infinite.", "Let both models score every row.")
     return found
 
-# %% ../../nbs/4_model/42_gates.ipynb #12a1ad20
+# %% ../../nbs/4_model/42_gates.ipynb #329d87e4
 def record_gate(
     ledger: Ledger,
     name: str,  # of the model

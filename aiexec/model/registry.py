@@ -7,7 +7,7 @@ __all__ = ['VERSIONS', 'ALIASES', 'TRUSTED', 'PARTS', 'ANY', 'tree_digest', 'che
            'acting', 'orphan', 'upload', 'entitle', 'versions', 'Move', 'history', 'champion', 'find_version',
            'promote', 'already', 'next_move', 'mend', 'rollback']
 
-# %% ../../nbs/4_model/41_registry.ipynb #40ff3715
+# %% ../../nbs/4_model/41_registry.ipynb #d1c0011f
 import os
 import re
 import tempfile
@@ -36,7 +36,7 @@ from .tracking import experiment, is_number, quiet, tracking_client, usable
 from ..settings import Settings, current_actor
 from ..store import Change, Ledger, canonical, declare, now, open_ledger
 
-# %% ../../nbs/4_model/41_registry.ipynb #ffbd1575
+# %% ../../nbs/4_model/41_registry.ipynb #49751de4
 VERSIONS = declare(
     "model_versions", key=("model", "version"), model="text", version="int", digest="text", content="text", source="text",
     run="text", step="text", tracked="text", trained_on="json", metrics="json", at="text", actor="text")
@@ -44,7 +44,7 @@ ALIASES = declare(
     "alias_moves", key=("model", "alias", "seq"), model="text", alias="text", seq="int", version="int", previous="int",
     at="text", actor="text", reason="text", evidence="json", run="text", step="text")
 
-# %% ../../nbs/4_model/41_registry.ipynb #3f9f5771
+# %% ../../nbs/4_model/41_registry.ipynb #13ac521b
 TRUSTED = (
     "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor", "sklearn.tree._tree.Tree", "numpy.dtype",
     "sklearn.calibration._CalibratedClassifier", "sklearn.calibration._SigmoidCalibration",
@@ -59,7 +59,7 @@ def tree_digest(folder: Path) -> str:  # SHA-256 as 64 hexadecimal digits
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "registered_model_meta")
     return digest_of([[path.relative_to(folder).as_posix(), digest(path)] for path in files])
 
-# %% ../../nbs/4_model/41_registry.ipynb #05f598e7
+# %% ../../nbs/4_model/41_registry.ipynb #4016c5e1
 def checked_model(name: str, model: Any, example: pd.DataFrame) -> None:
     "Refuse what could not be stored safely or scored with later; raises `RegistryError` and `DataError`."
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,62}", name):
@@ -82,7 +82,7 @@ def foreign(model: Any) -> list[str]:
     except (TypeError, ValueError, AttributeError, PicklingError) as why:  # a part that holds a file, a lock, a generator
         return [str(why)]
 
-# %% ../../nbs/4_model/41_registry.ipynb #2ad04ebc
+# %% ../../nbs/4_model/41_registry.ipynb #24750783
 def write_tree(
     model: Any,  # a fitted scikit-learn classifier or pipeline
     example: pd.DataFrame,  # rows as the model gets them
@@ -98,7 +98,7 @@ def write_tree(
     rows.to_json(folder / "example.json", orient="split", index=False)
     return tree_digest(folder)
 
-# %% ../../nbs/4_model/41_registry.ipynb #120714bc
+# %% ../../nbs/4_model/41_registry.ipynb #4ec67070
 def register(
     name: str,  # of the registered model
     model: Any,  # a fitted scikit-learn classifier or pipeline
@@ -142,7 +142,7 @@ def orphan(client: MlflowClient, name: str, origin: dict) -> ModelVersion | None
     found = client.search_model_versions(f"name='{name}'")
     return next((one for one in found if tags.items() <= one.tags.items()), None)
 
-# %% ../../nbs/4_model/41_registry.ipynb #98e959b1
+# %% ../../nbs/4_model/41_registry.ipynb #20234571
 def upload(
     client: MlflowClient,
     name: str,
@@ -180,12 +180,12 @@ def entitle(client: MlflowClient, name: str) -> None:
         if why.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
 
-# %% ../../nbs/4_model/41_registry.ipynb #6ccb3521
+# %% ../../nbs/4_model/41_registry.ipynb #f19cbdc2
 def versions(name: str, ledger: Ledger) -> list[dict]:  # oldest first
     "What is registered under a name."
     return ledger.rows(VERSIONS, order="version", model=name)
 
-# %% ../../nbs/4_model/41_registry.ipynb #93ad24a8
+# %% ../../nbs/4_model/41_registry.ipynb #3a75f45a
 ANY = "any"  # no expectation of where an alias stands
 
 
@@ -225,7 +225,7 @@ def champion(
     moves = [move for move in history(name, ledger, alias) if at is None or move.at <= at]
     return moves[-1].version if moves else None
 
-# %% ../../nbs/4_model/41_registry.ipynb #e39b02a5
+# %% ../../nbs/4_model/41_registry.ipynb #86c6f227
 def find_version(
     name: str,
     version: int | str,  # a number, or an alias
@@ -244,7 +244,7 @@ def find_version(
             return row
     raise RegistryError(f"{name} has no version {number}.", f"Its versions: {', '.join(str(row['version']) for row in known)}.")
 
-# %% ../../nbs/4_model/41_registry.ipynb #e841eb0f
+# %% ../../nbs/4_model/41_registry.ipynb #a321e7d4
 def promote(
     name: str,
     version: int,
@@ -274,7 +274,7 @@ def promote(
         warnings.warn(f"{name} {alias} is version {version} in the ledger, but not in MLflow: {why} aiexec doctor mends it.")
     return move
 
-
+# %% ../../nbs/4_model/41_registry.ipynb #97e08f59
 def already(moves: list[Move], version: int, expect: int | str | None) -> Move | None:
     "The last move, when it made what is asked for: with no other expectation, or by this very step."
     if not moves or moves[-1].version != version:
@@ -291,7 +291,7 @@ def next_move(change: Change, name: str, alias: str, expect: int | str | None, b
         raise StaleWrite(f"{stands}; nothing was moved.", "Look at aiexec models and decide again.")
     return Move(name, alias, last["seq"] + 1, previous=last["version"], at=now(), **body)
 
-# %% ../../nbs/4_model/41_registry.ipynb #00c194d9
+# %% ../../nbs/4_model/41_registry.ipynb #b13f3046
 def mend(
     name: str,
     settings: Settings | None = None,  # of the project of the working folder, if not given
@@ -316,7 +316,7 @@ def mend(
     told += [f"{name} version {number} is in MLflow, but not in the ledger." for number in sorted(numbers - known)]
     return told
 
-# %% ../../nbs/4_model/41_registry.ipynb #167a6136
+# %% ../../nbs/4_model/41_registry.ipynb #aae2a735
 def rollback(
     name: str,
     reason: str,  # what went wrong

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['READY', 'quiet', 'complete', 'sound', 'prepared', 'usable', 'tracking_ready', 'make_database', 'tracking_client',
-           'experiment', 'brief', 'MlflowRecorder', 'is_number']
+           'experiment', 'brief', 'is_number', 'named', 'inputs_seen', 'MlflowRecorder']
 
-# %% ../../nbs/4_model/40_tracking.ipynb #fbce6daf
+# %% ../../nbs/4_model/40_tracking.ipynb #bedf67ee
 import os
 
-# %% ../../nbs/4_model/40_tracking.ipynb #8287610e
+# %% ../../nbs/4_model/40_tracking.ipynb #c993849e
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
-# %% ../../nbs/4_model/40_tracking.ipynb #0a23b251
+# %% ../../nbs/4_model/40_tracking.ipynb #834adff6
 import json
 import logging
 import math
@@ -28,7 +28,7 @@ from typing import Iterator
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, Metric, Param
+from mlflow.entities import Dataset, DatasetInput, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
@@ -37,7 +37,7 @@ from ..errors import RegistryError
 from ..files import lock, writing
 from ..settings import Settings, current_actor
 
-# %% ../../nbs/4_model/40_tracking.ipynb #a48ae135
+# %% ../../nbs/4_model/40_tracking.ipynb #313f9f65
 @contextmanager
 def quiet() -> Iterator[None]:
     "Spare people MLflow's notes on its own housekeeping; its warnings and errors still show."
@@ -57,7 +57,7 @@ def complete(path: Path, artifacts: Path) -> None:
     with quiet():
         SqlAlchemyStore(f"sqlite:///{path}", str(artifacts)).engine.dispose()
 
-# %% ../../nbs/4_model/40_tracking.ipynb #6a849c00
+# %% ../../nbs/4_model/40_tracking.ipynb #926f1a9a
 def sound(path: Path) -> bool:
     "Whether a prepared database is whole."
     try:
@@ -79,7 +79,7 @@ def prepared() -> Path:
                 connection.execute("DELETE FROM experiments")
     return path
 
-# %% ../../nbs/4_model/40_tracking.ipynb #134d5e80
+# %% ../../nbs/4_model/40_tracking.ipynb #500370b2
 READY: set[str] = set()
 
 
@@ -122,7 +122,7 @@ def make_database(path: Path, artifacts: Path) -> None:
             logging.getLogger(__name__).warning("No prepared copy of MLflow's database can be kept: %s", why)
         complete(fresh, artifacts)
 
-# %% ../../nbs/4_model/40_tracking.ipynb #f87adf44
+# %% ../../nbs/4_model/40_tracking.ipynb #d982f412
 def tracking_client(settings: Settings) -> MlflowClient:
     "A client of the project's own MLflow, whatever the process's default is."
     url = tracking_ready(settings)
@@ -154,7 +154,23 @@ def brief(value: object, limit: int = 500) -> str:
     text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
-# %% ../../nbs/4_model/40_tracking.ipynb #96779fb0
+# %% ../../nbs/4_model/40_tracking.ipynb #fdbc63a2
+def is_number(value: object) -> bool:
+    "Whether a value is a measurement: a finite number, and no yes or no."
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def named(run: str, step: str, partition: str, notebook: Path) -> dict[str, str]:
+    "The tags by which a step is found in MLflow; its own pages show the first three."
+    return {"mlflow.runName": f"{step} {partition}".strip(), "mlflow.source.type": "NOTEBOOK",
+            "mlflow.source.name": Path(notebook).name, "aiexec.run": run, "aiexec.step": step, "aiexec.partition": partition}
+
+
+def inputs_seen(inputs: dict[str, str]) -> list[DatasetInput]:
+    "Inputs, by name and digest, as MLflow shows them; it takes 36 digits."
+    return [DatasetInput(Dataset(name, sha[:36], "local", source=name)) for name, sha in inputs.items()]
+
+# %% ../../nbs/4_model/40_tracking.ipynb #a6c39855
 class MlflowRecorder:
     "Records each step of a run in MLflow."
 
@@ -171,10 +187,7 @@ class MlflowRecorder:
         parameters: dict,  # as injected
     ) -> tuple[str, dict[str, str]]:  # MLflow's run id; environment for the kernel
         "Open an MLflow run for a step."
-        partition = str(parameters.get(usecase.partition, ""))
-        tags = {"mlflow.runName": f"{step} {partition}".strip(), "mlflow.user": current_actor(self.settings),
-                "mlflow.source.type": "NOTEBOOK", "mlflow.source.name": Path(notebook).name,
-                "aiexec.run": run, "aiexec.step": step, "aiexec.partition": partition}
+        tags = named(run, step, str(parameters.get(usecase.partition, "")), notebook) | {"mlflow.user": current_actor(self.settings)}
         with quiet():
             place = experiment(self.client, usecase.name, self.settings)
             tracked = self.client.create_run(place, tags=tags).info.run_id
@@ -192,21 +205,14 @@ class MlflowRecorder:
         inputs: dict[str, str],  # digest of each input by name
     ) -> None:
         "Close the run of a step with what it gave."
-        at = int(time.time() * 1000)
-        measured = {name: float(value) for name, value in outputs.items() if is_number(value)} | {"seconds": float(seconds)}
-        told = {name: value for name, value in outputs.items() if isinstance(value, (str, bool))}
-        data = [DatasetInput(Dataset(name, sha[:36], "local", source=name)) for name, sha in inputs.items()]
+        at, known = int(time.time() * 1000), {**outputs, "seconds": seconds}
+        metrics = [Metric(name, float(value), at, 0) for name, value in known.items() if is_number(value)]
+        told = [RunTag(f"aiexec.output.{name}", brief(value)) for name, value in outputs.items()
+                if isinstance(value, (str, bool))]
         with quiet():
-            self.client.log_batch(tracked, metrics=[Metric(name, value, at, 0) for name, value in measured.items()])
-            for name, value in told.items():
-                self.client.set_tag(tracked, f"aiexec.output.{name}", brief(value))
-            if data:
-                self.client.log_inputs(tracked, datasets=data)
+            self.client.log_batch(tracked, metrics=metrics, tags=told)
+            if inputs:
+                self.client.log_inputs(tracked, datasets=inputs_seen(inputs))
             if notebook and Path(notebook).is_file():
                 self.client.log_artifact(tracked, str(notebook))
             self.client.set_terminated(tracked, status)
-
-
-def is_number(value: object) -> bool:
-    "Whether a value is a measurement: a finite number, and no yes or no."
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
