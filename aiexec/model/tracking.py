@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['READY', 'quiet', 'complete', 'sound', 'prepared', 'usable', 'tracking_ready', 'make_database', 'tracking_client',
-           'experiment', 'brief', 'is_number', 'named', 'inputs_seen', 'MlflowRecorder']
+           'experiment', 'brief', 'is_number', 'named', 'told', 'inputs_seen', 'MlflowRecorder']
 
-# %% ../../nbs/4_model/40_tracking.ipynb #bedf67ee
+# %% ../../nbs/4_model/40_tracking.ipynb #7ec7b9c9
 import os
 
-# %% ../../nbs/4_model/40_tracking.ipynb #c993849e
+# %% ../../nbs/4_model/40_tracking.ipynb #dffeea3e
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
-# %% ../../nbs/4_model/40_tracking.ipynb #834adff6
+# %% ../../nbs/4_model/40_tracking.ipynb #cf8f04ad
 import json
 import logging
 import math
@@ -37,7 +37,7 @@ from ..errors import RegistryError
 from ..files import lock, writing
 from ..settings import Settings, current_actor
 
-# %% ../../nbs/4_model/40_tracking.ipynb #313f9f65
+# %% ../../nbs/4_model/40_tracking.ipynb #a0e9ccd9
 @contextmanager
 def quiet() -> Iterator[None]:
     "Spare people MLflow's notes on its own housekeeping; its warnings and errors still show."
@@ -57,7 +57,7 @@ def complete(path: Path, artifacts: Path) -> None:
     with quiet():
         SqlAlchemyStore(f"sqlite:///{path}", str(artifacts)).engine.dispose()
 
-# %% ../../nbs/4_model/40_tracking.ipynb #926f1a9a
+# %% ../../nbs/4_model/40_tracking.ipynb #d2b0a2aa
 def sound(path: Path) -> bool:
     "Whether a prepared database is whole."
     try:
@@ -79,7 +79,7 @@ def prepared() -> Path:
                 connection.execute("DELETE FROM experiments")
     return path
 
-# %% ../../nbs/4_model/40_tracking.ipynb #500370b2
+# %% ../../nbs/4_model/40_tracking.ipynb #d966a043
 READY: set[str] = set()
 
 
@@ -122,7 +122,7 @@ def make_database(path: Path, artifacts: Path) -> None:
             logging.getLogger(__name__).warning("No prepared copy of MLflow's database can be kept: %s", why)
         complete(fresh, artifacts)
 
-# %% ../../nbs/4_model/40_tracking.ipynb #d982f412
+# %% ../../nbs/4_model/40_tracking.ipynb #a39dd80f
 def tracking_client(settings: Settings) -> MlflowClient:
     "A client of the project's own MLflow, whatever the process's default is."
     url = tracking_ready(settings)
@@ -154,7 +154,7 @@ def brief(value: object, limit: int = 500) -> str:
     text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
-# %% ../../nbs/4_model/40_tracking.ipynb #fdbc63a2
+# %% ../../nbs/4_model/40_tracking.ipynb #d1bee5b5
 def is_number(value: object) -> bool:
     "Whether a value is a measurement: a finite number, and no yes or no."
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
@@ -166,11 +166,16 @@ def named(run: str, step: str, partition: str, notebook: Path) -> dict[str, str]
             "mlflow.source.name": Path(notebook).name, "aiexec.run": run, "aiexec.step": step, "aiexec.partition": partition}
 
 
+def told(outputs: dict) -> list[RunTag]:
+    "The outputs that are words or yes and no, as tags."
+    return [RunTag(f"aiexec.output.{name}", brief(value)) for name, value in outputs.items() if isinstance(value, (str, bool))]
+
+
 def inputs_seen(inputs: dict[str, str]) -> list[DatasetInput]:
     "Inputs, by name and digest, as MLflow shows them; it takes 36 digits."
     return [DatasetInput(Dataset(name, sha[:36], "local", source=name)) for name, sha in inputs.items()]
 
-# %% ../../nbs/4_model/40_tracking.ipynb #a6c39855
+# %% ../../nbs/4_model/40_tracking.ipynb #31ad85d5
 class MlflowRecorder:
     "Records each step of a run in MLflow."
 
@@ -187,10 +192,10 @@ class MlflowRecorder:
         parameters: dict,  # as injected
     ) -> tuple[str, dict[str, str]]:  # MLflow's run id; environment for the kernel
         "Open an MLflow run for a step."
-        tags = named(run, step, str(parameters.get(usecase.partition, "")), notebook) | {"mlflow.user": current_actor(self.settings)}
+        tags = named(run, step, str(parameters.get(usecase.partition, "")), notebook)
         with quiet():
             place = experiment(self.client, usecase.name, self.settings)
-            tracked = self.client.create_run(place, tags=tags).info.run_id
+            tracked = self.client.create_run(place, tags=tags | {"mlflow.user": current_actor(self.settings)}).info.run_id
             self.client.log_batch(tracked, params=[Param(name, brief(value)) for name, value in parameters.items()])
         return tracked, {"MLFLOW_TRACKING_URI": tracking_ready(self.settings), "MLFLOW_RUN_ID": tracked,
                          "MLFLOW_EXPERIMENT_ID": place, "MLFLOW_DISABLE_TELEMETRY": "true", "GIT_PYTHON_REFRESH": "quiet"}
@@ -207,10 +212,8 @@ class MlflowRecorder:
         "Close the run of a step with what it gave."
         at, known = int(time.time() * 1000), {**outputs, "seconds": seconds}
         metrics = [Metric(name, float(value), at, 0) for name, value in known.items() if is_number(value)]
-        told = [RunTag(f"aiexec.output.{name}", brief(value)) for name, value in outputs.items()
-                if isinstance(value, (str, bool))]
         with quiet():
-            self.client.log_batch(tracked, metrics=metrics, tags=told)
+            self.client.log_batch(tracked, metrics=metrics, tags=told(outputs))
             if inputs:
                 self.client.log_inputs(tracked, datasets=inputs_seen(inputs))
             if notebook and Path(notebook).is_file():
