@@ -129,7 +129,7 @@ def read_yaml(
         value = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictLoader)
     except FileNotFoundError:
         raise SpecificationError(f"{path} does not exist.", "Check the name, or make it with aiexec new.") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError, ValueError) as why:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError, ValueError, RecursionError) as why:
         mark = getattr(why, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else str(path)
         problem = getattr(why, "problem", None) or str(why).splitlines()[0]

@@ -87,6 +87,8 @@ class Change:
             try:
                 self.connection.execute(table.insert(), list(rows))
             except sa.exc.IntegrityError as why:
+                if not any(word in str(why.orig).lower() for word in ("unique", "duplicate")):
+                    raise
                 raise StaleWrite(f"A record of {table.name} exists already.", "Read it again before writing.") from why
 
     def keep(self, table: sa.Table, *rows: dict) -> int:  # how many were new
@@ -217,6 +219,8 @@ class Ledger:
         with explained(self.url):
             if not sa.inspect(self.engine).has_table(table.name):
                 with self.engine.connect().execution_options(writes=True) as connection, connection.begin():
+                    if connection.dialect.name == "postgresql":  # whose IF NOT EXISTS does not wait for one who is just creating it
+                        connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7303)")
                     connection.execute(sa.schema.CreateTable(table, if_not_exists=True))
         self.created.add(table.name)
 

@@ -15,7 +15,7 @@ from dataclasses import asdict
 import click
 
 from .output import Answer, Teller, table, verb
-from .work import chosen, main, opened, recorder_of, run_data, run_text, step_told
+from .work import chosen, main, opened, run_data, run_text, step_told
 from ..errors import ParameterError, SpecificationError, did_you_mean, require
 
 # %% ../../nbs/9_show/99_commands.ipynb #a41afe32
@@ -136,8 +136,8 @@ def one_step(name: str, usecase: str | None, month: str | None) -> Answer:
     values = parse(signature, {case.partition: month}) if month else {}
     if case.model and "version" in declared:
         values["version"] = champion(case.model.name, ledger) or 0
-    with Teller() as teller, recorder_of(settings) as recorder:
-        done = run_pipeline(case, values, only=[name], settings=settings, ledger=ledger, recorder=recorder, progress=step_told(teller))
+    with Teller() as teller:
+        done = run_pipeline(case, values, only=[name], settings=settings, ledger=ledger, progress=step_told(teller))
     data = run_data(done)
     return Answer(data, run_text(data))
 
@@ -235,9 +235,13 @@ def roi(usecase):
     from aiexec.govern.roi import roi as reckon
 
     settings, ledger = opened()
-    data = reckon(chosen(usecase, settings), ledger)
-    facts = [{"figure": key, "value": value} for key, value in data.items() if not isinstance(value, (list, dict))]
-    return Answer(data, table(facts, "Return") + "\n\n" + table(data["months"], "By month"))
+    case = chosen(usecase, settings)
+    data = reckon(case, ledger)
+    sums = [{"figure": name.replace("_", " "), "value": data[name], "grade": data["grades"].get(name, ""),
+             "rests on": data["evidence"].get(name) or data["reasons"].get(name, "")}
+            for name in ("planned", "realised", "baseline", "cost", "net_benefit", "over_baseline", "roi", "payback_months")]
+    waiting = f"Labels are awaited for: {', '.join(data['waiting'])}." if data["waiting"] else "All months have their labels."
+    return Answer(data, "\n\n".join([table(sums, f"{case.title} ({data['currency']})"), table(data["months"], "By month"), waiting]))
 
 
 @main.command()
@@ -252,15 +256,17 @@ def portfolio():
 
 # %% ../../nbs/9_show/99_commands.ipynb #6ac1e779
 @main.command()
+@click.option("--anchor", default="", metavar="HEAD", help="The head that an earlier audit printed and you kept elsewhere.")
 @verb
-def audit():
+def audit(anchor):
     "Check that the chain of events is whole."
     from aiexec.govern.audit import verify_chain
 
     _, ledger = opened()
-    found = verify_chain(ledger)
-    text = "\n".join(map(str, found.findings)) if found.findings else f"{found.events:,} events, chain whole."
-    return Answer({"ok": found.ok, "events": found.events, "findings": list(map(str, found.findings))}, text, code=0 if found.ok else 1)
+    found = verify_chain(ledger, anchor)
+    data = {"ok": found.ok, "events": found.events, "findings": list(map(str, found.findings)), "head": found.head}
+    well = f"{found.events:,} events, chain whole.\nKeep this head elsewhere, and give it to the next audit with --anchor:\n{found.head}"
+    return Answer(data, "\n".join(data["findings"]) or well, code=0 if found.ok else 1)
 
 
 @main.command()
