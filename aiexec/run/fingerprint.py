@@ -122,7 +122,7 @@ def fingerprint(
     modules = project_modules(trees, [notebook.parent, root])
     files = set(named_files(trees, parameters, notebook.parent, root))
     if any("usecase" in source for source in [cell.source for cell in cells] + list(modules.values())):
-        files |= {path for path in [notebook.parent / "usecase.yaml"] if path.is_file()}
+        files |= set(notebook.parent.glob("*.yaml"))
     parts = {"code": digest_of([cell.source for cell in cells]), "environment": environment()}
     parts |= {f"parameter {name}": json.dumps(value, sort_keys=True, default=str) for name, value in parameters.items()}
     parts |= {f"input {name}": value for name, value in inputs.items()}
