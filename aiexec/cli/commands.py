@@ -251,8 +251,11 @@ def portfolio():
     from aiexec.govern.portfolio import portfolio as board
 
     settings, ledger = opened()
-    rows = [asdict(row) if hasattr(row, "__dataclass_fields__") else row for row in board(settings, ledger)]
-    return Answer(rows, table(rows, "Portfolio"))
+    rows = board(settings, ledger)
+    shown = [{"use case": r["name"], "department": r["department"], "owner": r["owner"], "stage": r["stage"], "champion": r["champion"],
+              "alerts": r["open_alerts"], "realised": r["realised"], "in": r["currency"], "grade": r["grade"],
+              "data as of": r["data_as_of"], "what holds it up": r["blocker"]} for r in rows]
+    return Answer(rows, table(shown, "Portfolio"))
 
 # %% ../../nbs/9_show/99_commands.ipynb #6ac1e779
 @main.command()

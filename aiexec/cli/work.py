@@ -230,7 +230,7 @@ FLIGHTS = {"usecase": "flight_delays", "begin": "2013-01", "first": "2013-04", "
 @main.command()
 @click.argument("folder", default="aiexec-demo", type=click.Path())
 @click.option("--until", default=FLIGHTS["until"], show_default=True, help="The last month to live through, 2013-04 to 2013-12.")
-@click.option("--fast", is_flag=True, help="A tenth of the flights.")
+@click.option("--fast", is_flag=True, help="On a quarter of the flights.")
 @verb
 def demo(folder, until, fast):
     """Live through a year of real flights in production.
@@ -276,7 +276,7 @@ def live_demo(settings, until: str, fast: bool) -> Answer:
         with ledger.change("demo.started", usecase.name, {"until": until, "fast": fast}):
             pass
         with open_production(usecase, settings, ledger, lambda month, event: step_told(teller, month)(event)) as production:
-            live(production, FLIGHTS["begin"], FLIGHTS["first"], until, {"share": 0.1 if fast else 1.0})
+            live(production, FLIGHTS["begin"], FLIGHTS["first"], until, {"share": 0.25 if fast else 1.0})
         with ledger.change("demo.done", usecase.name, {"seconds": round(teller.seconds, 1)}):
             pass
         seconds = {"total": teller.seconds, **production.seconds}

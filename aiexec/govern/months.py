@@ -41,16 +41,18 @@ def retraining(proposal: dict | None) -> str:  # such as "v2 refused"; empty wit
     return f"v{proposal['version']} {proposal['status']}" if proposal["version"] else proposal["status"]
 
 
-def alert_state(alerts: list[dict], window: str) -> str:  # opened, open, closed or nothing
-    "How the alerts stood in one window."
-    for alert in alerts:
+def alert_state(alerts: list[dict], window: str) -> str:  # such as "drift, performance opened"
+    "Which kinds of alert stood in one window, and which opened or closed in it."
+    kinds: dict[str, str] = {}
+    for alert in sorted(alerts, key=lambda alert: alert["cause"]):
+        kind, closed = alert["cause"].split(".")[0], alert["closed"]
         if alert["opened"] == window:
-            return "opened"
-        if alert["closed"] == window:
-            return "closed"
-        if alert["opened"] < window and (alert["closed"] is None or window < alert["closed"]):
-            return "open"
-    return ""
+            kinds[kind] = " opened"
+        elif alert["opened"] < window and (closed is None or window < closed):
+            kinds[kind] = ""
+        elif closed == window:
+            kinds.setdefault(kind, " closed")
+    return ", ".join(kind + word for kind, word in kinds.items())
 
 # %% ../../nbs/8_govern/85_months.ipynb #568c40ce
 def monthly(
@@ -62,7 +64,7 @@ def monthly(
     rows = ledger.rows(MEASUREMENTS, order="window", **mine)
     windows = sorted({row["window"] for row in rows if (row["kind"], row["name"]) == ("volume", "rows")})
     proposals = {row["window"]: row for row in ledger.rows(PROPOSALS, **mine)}
-    alerts = ledger.rows(ALERTS, order="opened", **mine)
+    alerts = ledger.rows(ALERTS, **mine)
     decided = ledger.count(DECISIONS, "window", arm="treated", **mine)
     delivered = ledger.count(OUTBOX, "window", status="delivered", **mine)
     values = {(row["window"], row["kind"]): row["amount"] for row in ledger.rows(VALUES, **mine)}
