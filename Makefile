@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --constraint constraints.txt
 
-.PHONY: demo dashboard test notebooks readme clean
+.PHONY: demo dashboard test notebooks clean
 
 demo: .venv/installed  ## a year of real flights, from definition to money
 	$(BIN)/aiexec demo demo
@@ -14,11 +14,8 @@ dashboard: .venv/installed  ## look at the demo's dashboards
 test: .venv/installed-dev  ## everything that must hold
 	$(BIN)/python -m pytest
 
-notebooks: .venv/installed-dev  ## after editing nbs/: library, clean metadata, README
-	$(BIN)/nbdev-export && $(BIN)/nbdev-clean && $(MAKE) readme
-
-readme: .venv/installed-dev  ## README.md from nbs/index.ipynb
-	$(BIN)/python tests/readme.py --write
+notebooks: .venv/installed-dev  ## after editing notebooks: library, metadata, README
+	$(BIN)/nbdev-export && $(BIN)/nbdev-clean && $(BIN)/nbdev-clean --fname templates && $(BIN)/python tests/generated.py --write
 
 .venv/uv:
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'aiexec needs Python 3.11 or newer: make PYTHON=python3.11 …')"

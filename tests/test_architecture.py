@@ -54,9 +54,11 @@ def imports(module: str) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{module} imports relatively"
             assert all(alias.name != "*" for alias in node.names), f"{module} imports a star"
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            # the exporter writes imports within the library relative to the module
+            above = ["aiexec", *module.split(".")][: -node.level] if node.level else []
+            name = ".".join([*above, *filter(None, [node.module])])
+            found |= {name, *(f"{name}.{alias.name}" for alias in node.names)}
     return found
 
 
