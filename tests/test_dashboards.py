@@ -18,6 +18,7 @@ from aiexec.decide.decisions import DECISIONS
 from aiexec.decide.outbox import OUTBOX
 from aiexec.define.usecase import load_usecase
 from aiexec.define.value import Amount
+from aiexec.errors import ParameterError
 from aiexec.govern.months import monthly
 from aiexec.govern.portfolio import portfolio
 from aiexec.govern.roi import record_value, roi
@@ -330,11 +331,11 @@ def test_thirty_months_and_many_columns_fit(tmp_path, monkeypatch):
     assert page.count(f">{months[-1]}</text>") == 7 and len(page) < 150_000
 
 
-def test_a_port_in_use_is_refused_in_one_sentence(server, project):
-    from aiexec.errors import ParameterError
-
-    port = int(server.rsplit(":", 1)[1])
-    with pytest.raises(ParameterError, match=f"Port {port} cannot be used"):
-        served = dashboards.application(Settings(project), port, TOKEN, print)
-        served.initialize([])
-        served.start()
+def test_a_port_in_use_is_refused_in_one_sentence(server, project, monkeypatch):
+    monkeypatch.setenv("AIEXEC_ROOT", str(project))
+    port, before = int(server.rsplit(":", 1)[1]), signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(ParameterError, match=f"Port {port} cannot be used"):
+            dashboards.serve(Settings(project), port, token=TOKEN)
+    finally:
+        signal.signal(signal.SIGTERM, before)
