@@ -21,7 +21,6 @@ FOREIGN = {
     "mlflow": {"model.tracking", "model.registry", "serve.scorer"},
     "skops": {"model.registry", "serve.scorer"},
     "pandera": {"data.contracts"},
-    "plotly": {"show.charts"},
     "voila": {"show.dashboards"},
     "click": {"cli"},
     "rich": {"cli"},

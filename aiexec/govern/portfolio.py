@@ -41,8 +41,8 @@ def blocker(
         return ""
     if runs and runs[-1]["status"] == "failed":
         return f"The last run failed: {runs[-1]['error'] or 'aiexec runs tells more'}"
-    if standing:
-        return standing[0]["sentence"]
+    if standing:  # an alert that asks for action comes before one to watch
+        return min(standing, key=lambda alert: alert["severity"] != "act")["sentence"]
     if not runs:
         return f"It never ran: aiexec run {usecase.name}."
     if usecase.model and champion is None:

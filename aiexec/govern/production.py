@@ -95,20 +95,20 @@ def train(
     month: str,  # as of the end of this month
     now: int,  # the champion; 0 when there is none yet
     past: tuple[str, ...],  # labelled months, oldest first; the newest tests
-) -> tuple[int, int, str]:  # the champion afterwards, the version, and what became of it: promoted, refused or waiting
+) -> tuple[int, int, str, str]:  # the champion afterwards, the version, what became of it (promoted, refused, waiting) and why
     "Train and gate a version, and promote it when gate and risk tier allow."
     made = production.run(month, "train", past=past, champion=now, refit=now == 0)
     version, name = made["version"], production.usecase.model.name
     if made["outcome"] != "pass":
-        return now, version, "refused"
+        return now, version, "refused", made["why"]
     if promotion_rule(production.usecase.risk).promotion == "approval":
-        return now, version, "waiting"
+        return now, version, "waiting", made["why"]
     moved = [move for move in history(name, production.ledger) if move.evidence.get("window") == month and move.version == version]
     if not moved:
         evidence = {"window": month, "run": made["run"], "why": made["why"]}
         promote(name, version, reason=made["why"], evidence=evidence, expect=now or None,
                 settings=production.settings, ledger=production.ledger)
-    return version, version, "promoted"
+    return version, version, "promoted", made["why"]
 
 # %% ../../nbs/8_govern/87_production.ipynb #06e1f1ce
 def live_month(
@@ -128,8 +128,8 @@ def live_month(
     if not made.get("proposed"):
         return now
     past = tuple(shift(labelled, back) for back in range(1 - usecase.model.history, 1))
-    after, version, outcome = train(production, month, now, past)
-    settle(production.ledger, usecase.name, month, outcome, version)
+    after, version, outcome, why = train(production, month, now, past)
+    settle(production.ledger, usecase.name, month, outcome, version, why)
     return after
 
 # %% ../../nbs/8_govern/87_production.ipynb #726856b6
@@ -149,9 +149,9 @@ def live(
     feeding = feeds(usecase)
     for month in before:
         production.run(month, "schedule", only=feeding)
-    now, _, outcome = train(production, before[-1], 0, before)
+    now, _, outcome, why = train(production, before[-1], 0, before)
     if not now:
-        raise PipelineError(f"The first version of {usecase.model.name} was {outcome}.", "See why: aiexec models --json, or lower the threshold.")
+        raise PipelineError(f"The first version of {usecase.model.name} was {outcome}: {why}", "Change the model, or the threshold in usecase.yaml.")
     for month in each_month(first, until):
         now = live_month(production, month, now, first)
     for late in range(1, usecase.monitor.delay_months + 1):

@@ -160,7 +160,7 @@ class Kernel:
 # %% ../../nbs/3_run/31_kernels.ipynb #64f31ce3
 PRELOADED = (
     "ipykernel.kernelapp", "ipykernel.ipkernel", "matplotlib_inline.config",
-    "numpy", "pandas", "pyarrow", "pyarrow.parquet", "matplotlib.pyplot", "plotly.express",
+    "numpy", "pandas", "pyarrow", "pyarrow.parquet", "matplotlib.pyplot",
     "sklearn.compose", "sklearn.ensemble", "sklearn.impute", "sklearn.linear_model", "sklearn.metrics",
     "sklearn.model_selection", "sklearn.pipeline", "sklearn.preprocessing",
 )
