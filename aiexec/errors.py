@@ -45,7 +45,7 @@ class NotebookError(AiexecError):
 class PipelineError(AiexecError):
     "The graph of a pipeline cannot be run: a cycle, or a reference to nothing."
 
-
+# %% ../nbs/00_errors.ipynb #f4c25fad
 class DataError(AiexecError):
     "Data is missing, empty or breaks its contract."
 
@@ -65,7 +65,7 @@ class StaleWrite(AiexecError):
 class LedgerError(AiexecError):
     "The ledger cannot be opened, read or written."
 
-
+# %% ../nbs/00_errors.ipynb #52988ef2
 class RegistryError(AiexecError):
     "A model version or alias is not what was asked for."
 

@@ -36,8 +36,8 @@ def checked_name(name: str) -> str:
     if re.fullmatch(r"[a-z][a-z0-9_]{0,48}", name):
         return name
     words = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "usecase"
-    raise SpecificationError(f"'{name}' cannot be the name of a project.",
-                             f"Use small letters, digits and underscores, such as '{words if words[0].isalpha() else 'p_' + words}'.")
+    raise SpecificationError(f"'{name}' cannot be the name of a project.", "Use small letters, digits and underscores, such as "
+                             f"'{words if words[0].isalpha() else 'p_' + words}'.")
 
 # %% ../nbs/05_projects.ipynb #e502b002
 def lay_out(

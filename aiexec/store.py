@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'METADATA', 'EVENTS', 'declare', 'now', 'where_all', 'Change', 'Event', 'canonical', 'chain_key', 'connect',
-           'explained', 'Ledger', 'open_ledger']
+           'explained', 'Tables', 'Memory', 'Ledger', 'open_ledger']
 
 # %% ../nbs/03_store.ipynb #2d11af19
 import hashlib
@@ -69,7 +69,7 @@ def where_all(table: sa.Table, conditions: dict[str, Any]) -> list:
         for name, value in conditions.items()
     ]
 
-
+# %% ../nbs/03_store.ipynb #a53172dd
 class Change:
     "What one transaction does to the rows; made by `Ledger.change`."
 
@@ -136,7 +136,7 @@ class Event:
         parts = [self.seq, self.at, self.actor, self.kind, self.subject, canonical(self.body), self.previous]
         return hmac.new(key, json.dumps(parts).encode(), hashlib.sha256).hexdigest()
 
-
+# %% ../nbs/03_store.ipynb #6a273098
 def canonical(body: dict) -> str:
     "Plain data as one text, the same for equal data; what JSON cannot hold becomes text."
     return json.dumps(body, sort_keys=True, separators=(",", ":"), default=str)
@@ -197,8 +197,8 @@ def explained(url: str) -> Iterator[None]:
         raise LedgerError(f"The ledger {place} {'is damaged' if damaged else 'cannot be used'}: {cause}.", remedy) from why
 
 # %% ../nbs/03_store.ipynb #1ffecc9b
-class Ledger:
-    "The project's memory: tables of records, and the chain of events."
+class Tables:
+    "A database that makes a table when it is first needed."
 
     def __init__(self, settings: Settings):
         self.settings = settings
@@ -219,10 +219,14 @@ class Ledger:
         with explained(self.url):
             if not sa.inspect(self.engine).has_table(table.name):
                 with self.engine.connect().execution_options(writes=True) as connection, connection.begin():
-                    if connection.dialect.name == "postgresql":  # whose IF NOT EXISTS does not wait for one who is just creating it
+                    if connection.dialect.name == "postgresql":  # its IF NOT EXISTS does not wait for another's
                         connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7303)")
                     connection.execute(sa.schema.CreateTable(table, if_not_exists=True))
         self.created.add(table.name)
+
+# %% ../nbs/03_store.ipynb #bc56ab53
+class Memory(Tables):
+    "A project's ledger as one reads it."
 
     def rows(self, table: sa.Table, order: str = "", **conditions) -> list[dict]:
         "The rows that match, in the order of a column (`-column`: last first)."
@@ -241,6 +245,15 @@ class Ledger:
         query = sa.select(*columns, sa.func.count()).where(*where_all(table, conditions)).group_by(*columns)
         with explained(self.url), self.engine.connect() as connection:
             return {tuple(row[:-1]): row[-1] for row in connection.execute(query)}
+
+    def events(self, **conditions) -> list[Event]:
+        "The events that match, oldest first."
+        rows = self.rows(EVENTS, order="seq", **conditions)
+        return [Event(**{**row, "body": json.loads(row["body"])}) for row in rows]
+
+# %% ../nbs/03_store.ipynb #bd7ec48f
+class Ledger(Memory):
+    "The project's memory: tables of records, and the chain of events."
 
     @contextmanager
     def change(
@@ -270,11 +283,6 @@ class Ledger:
         event = Event(**{**vars(event), "hash": event.sealed(self.key)})
         connection.execute(EVENTS.insert().values(**{**vars(event), "body": canonical(body)}))
         return event
-
-    def events(self, **conditions) -> list[Event]:
-        "The events that match, oldest first."
-        rows = self.rows(EVENTS, order="seq", **conditions)
-        return [Event(**{**row, "body": json.loads(row["body"])}) for row in rows]
 
 
 def open_ledger(settings: Settings | None = None) -> Ledger:

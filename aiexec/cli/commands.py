@@ -31,9 +31,10 @@ def runs(usecase, limit):
     rows = ledger.rows(RUNS, order="-started", **({"usecase": chosen(usecase, settings).name} if usecase else {}))
     rows = rows[:limit] if limit else rows
     shown = [{name: row[name] for name in ("run", "usecase", "partition", "status", "started", "ended", "actor")} for row in rows]
-    return Answer(rows, table([row | {"started": row["started"][:19], "ended": (row["ended"] or "")[:19]} for row in shown], "Runs"))
+    short = [row | {"started": row["started"][:19], "ended": (row["ended"] or "")[:19]} for row in shown]
+    return Answer(rows, table(short, "Runs"))
 
-
+# %% ../../nbs/9_show/99_commands.ipynb #c68481e2
 @main.command()
 @click.argument("run", required=False)
 @verb
@@ -78,12 +79,14 @@ def models(name, at, card):
         return Answer({"model": names[0], "version": card, "card": text}, text)
     if at:
         then = champion(names[0], ledger, at=at)
-        return Answer({"model": names[0], "at": at, "champion": then}, f"Champion of {names[0]} at {at}: {f'version {then}' if then else 'none'}")
+        text = f"Champion of {names[0]} at {at}: {f'version {then}' if then else 'none'}"
+        return Answer({"model": names[0], "at": at, "champion": then}, text)
     rows = [row | {"champion": row["version"] == champion(one, ledger)} for one in names for row in versions(one, ledger)]
     moves = [asdict(move) for one in names for move in history(one, ledger)]
     shown = [{"model": r["model"], "version": r["version"], "champion": "●" if r["champion"] else "", "digest": r["digest"][:12],
               **{k: v for k, v in r["metrics"].items() if isinstance(v, (int, float))}, "registered": r["at"][:19]} for r in rows]
-    told = [{"at": m["at"][:19], "alias": m["alias"], "from": m["previous"], "to": m["version"], "who": m["actor"], "why": m["reason"]} for m in moves]
+    told = [{"at": m["at"][:19], "alias": m["alias"], "from": m["previous"], "to": m["version"], "who": m["actor"],
+             "why": m["reason"]} for m in moves]
     return Answer({"versions": rows, "moves": moves}, table(shown, "Versions") + "\n\n" + table(told, "Moves"))
 
 # %% ../../nbs/9_show/99_commands.ipynb #4db5e232
@@ -102,9 +105,10 @@ def promote(name, version, reason):
     settings, ledger = opened()
     before = champion(name, ledger)
     move(name, version, reason=reason, evidence={"by": "hand"}, expect=before, settings=settings, ledger=ledger)
-    return Answer({"model": name, "champion": version, "previous": before}, f"Champion of {name}: version {version} (before: {before or 'none'})")
+    text = f"Champion of {name}: version {version} (before: {before or 'none'})"
+    return Answer({"model": name, "champion": version, "previous": before}, text)
 
-
+# %% ../../nbs/9_show/99_commands.ipynb #fddb7b4b
 @main.command()
 @click.argument("name")
 @click.option("--reason", required=True, help="Why; it stands in the ledger.")
@@ -123,7 +127,7 @@ def rollback(name, reason):
 # %% ../../nbs/9_show/99_commands.ipynb #b54514d7
 def one_step(name: str, usecase: str | None, month: str | None) -> Answer:
     "Run one step of a use case for one partition."
-    from aiexec.model.registry import champion
+    from aiexec.govern.production import on_record
     from aiexec.run.runner import run_pipeline
     from aiexec.run.signature import parse, read_signature
 
@@ -132,21 +136,18 @@ def one_step(name: str, usecase: str | None, month: str | None) -> Answer:
     if name not in case.pipeline:
         raise SpecificationError(f"{case.name} has no step '{name}'.", did_you_mean(name, case.pipeline))
     signature = read_signature(case.folder / case.pipeline[name].notebook)
-    declared = {parameter.name for parameter in signature.parameters}
-    values = parse(signature, {case.partition: month}) if month else {}
-    if case.model and "version" in declared:
-        values["version"] = champion(case.model.name, ledger) or 0
+    values = {**on_record(case, ledger, [name], month or ""), **(parse(signature, {case.partition: month}) if month else {})}
     with Teller() as teller:
         done = run_pipeline(case, values, only=[name], settings=settings, ledger=ledger, progress=step_told(teller))
     data = run_data(done)
     return Answer(data, run_text(data))
 
-
+# %% ../../nbs/9_show/99_commands.ipynb #8bf24091
 def month_option(function):
     "The month or other partition that a step is about."
     return click.option("--month", metavar="PARTITION", help="The month or other partition, such as 2013-04.")(function)
 
-
+# %% ../../nbs/9_show/99_commands.ipynb #d010bd5d
 @main.command()
 @click.argument("usecase", required=False)
 @month_option
@@ -184,13 +185,13 @@ def monitor(usecase, month):
     text = "\n\n".join([*([told.text] if told else []), table(rows, case.title), table(alert_rows(open_now), "Open alerts")])
     return Answer({"months": rows, "alerts": open_now}, text, code=1 if open_now else 0)
 
-
+# %% ../../nbs/9_show/99_commands.ipynb #e1771d2c
 def alert_rows(alerts: list[dict]) -> list[dict]:
     "Alerts as a person reads them."
     names = ("usecase", "alert", "status", "opened", "closed", "owner", "sentence")
     return [{name: alert[name] for name in names} for alert in alerts]
 
-
+# %% ../../nbs/9_show/99_commands.ipynb #cdf9d0f1
 @main.command()
 @click.argument("usecase", required=False)
 @click.option("--acknowledge", metavar="ALERT", help="Say that you are on it.")
@@ -224,9 +225,11 @@ def deliver(usecase, dry_run):
         raise SpecificationError(f"{case.name} decides nothing.", "Add 'decide:' to its usecase.yaml.")
     result = send(ledger, case.name, open_connector(case.decide.deliver, settings), dry_run=dry_run)
     data = asdict(result)
-    return Answer(data, ("Would be delivered" if dry_run else "Delivered") + f": {table([data])}", code=1 if data.get("failed") else 0)
+    counts = {name: data[name] for name in ("delivered", "waiting", "failed")}
+    counts |= {"would send": len(data["would_send"])} if dry_run else {}
+    return Answer(data, table([counts], case.title), code=1 if data["failed"] else 0)
 
-
+# %% ../../nbs/9_show/99_commands.ipynb #2a43c8e6
 @main.command()
 @click.argument("usecase", required=False)
 @verb
@@ -241,9 +244,10 @@ def roi(usecase):
              "rests on": data["evidence"].get(name) or data["reasons"].get(name, "")}
             for name in ("planned", "realised", "baseline", "cost", "net_benefit", "over_baseline", "roi", "payback_months")]
     waiting = f"Labels are awaited for: {', '.join(data['waiting'])}." if data["waiting"] else "All months have their labels."
-    return Answer(data, "\n\n".join([table(sums, f"{case.title} ({data['currency']})"), table(data["months"], "By month"), waiting]))
+    title = f"{case.title} ({data['currency'] or case.value.currency})"
+    return Answer(data, "\n\n".join([table(sums, title), table(data["months"], "By month"), waiting]))
 
-
+# %% ../../nbs/9_show/99_commands.ipynb #11313dc4
 @main.command()
 @verb
 def portfolio():
@@ -252,8 +256,9 @@ def portfolio():
 
     settings, ledger = opened()
     rows = board(settings, ledger)
-    shown = [{"use case": r["name"], "department": r["department"], "owner": r["owner"], "stage": r["stage"], "champion": r["champion"],
-              "alerts": r["open_alerts"], "realised": r["realised"], "in": r["currency"], "grade": r["grade"],
+    shown = [{"use case": r["name"], "department": r["department"], "owner": r["owner"], "stage": r["stage"],
+              "champion": r["champion"], "alerts": r["open_alerts"], "realised": r["realised"], "in": r["currency"],
+              "grade": r["grade"],
               "data as of": r["data_as_of"], "what holds it up": r["blocker"]} for r in rows]
     return Answer(rows, table(shown, "Portfolio"))
 
@@ -268,10 +273,11 @@ def audit(anchor):
     _, ledger = opened()
     found = verify_chain(ledger, anchor)
     data = {"ok": found.ok, "events": found.events, "findings": list(map(str, found.findings)), "head": found.head}
-    well = f"{found.events:,} events, chain whole.\nKeep this head elsewhere, and give it to the next audit with --anchor:\n{found.head}"
+    well = (f"{found.events:,} events, chain whole.\n"
+            f"Keep this head elsewhere, and give it to the next audit with --anchor:\n{found.head}")
     return Answer(data, "\n".join(data["findings"]) or well, code=0 if found.ok else 1)
 
-
+# %% ../../nbs/9_show/99_commands.ipynb #4be3d93c
 @main.command()
 @verb
 def doctor():
@@ -296,7 +302,7 @@ def dashboard(port, browser):
     serve(load_settings(), port=port, open_browser=sys.stdout.isatty() if browser is None else browser)
     return Answer({}, "Closed.")
 
-
+# %% ../../nbs/9_show/99_commands.ipynb #0673424e
 @main.command(context_settings={"ignore_unknown_options": True})
 @click.argument("words", nargs=-1, type=click.UNPROCESSED)
 @verb

@@ -82,7 +82,7 @@ def table(
     body = [text for parts in cells for text in lines(parts)]
     return "\n".join([*([title, ""] if title else []), line(heads), line(["─" * width for width in widths]), *body])
 
-
+# %% ../../nbs/9_show/94_output.ipynb #bde467b5
 def room() -> int:
     "The width to fill: the terminal's, or a page's where there is none."
     return max(80, shutil.get_terminal_size((160, 24)).columns)
@@ -113,13 +113,14 @@ def verb(function: Callable[..., Answer]) -> Callable:
             if debug:
                 raise
             text = str(error).strip().splitlines() or [""]
-            refuse(AiexecError(f"Unexpected {type(error).__name__}: {text[0]}", "Run it again with --debug, and report it."), as_json)
+            problem = f"Unexpected {type(error).__name__}: {text[0]}"
+            refuse(AiexecError(problem, "Run it again with --debug, and report it."), as_json)
         say(answer, as_json)
         sys.exit(answer.code)
 
     return command
 
-
+# %% ../../nbs/9_show/94_output.ipynb #e8e078df
 def refuse(error: AiexecError, as_json: bool) -> None:
     "Say what is wrong and leave with exit code 1."
     click.echo(json.dumps(error.as_dict()) if as_json else f"Error: {error}", err=not as_json)
@@ -132,8 +133,7 @@ def say(answer: Answer, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(data, indent=2, ensure_ascii=False))
     else:
-        rows = data if isinstance(data, list) else [{"": key, " ": value} for key, value in data.items()] if isinstance(data, dict) else []
-        click.echo(answer.text or table(rows))
+        click.echo(answer.text or table(data if isinstance(data, list) else [data]))
 
 # %% ../../nbs/9_show/94_output.ipynb #59534fd0
 class Teller:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'FLIGHTS', 'Verbs', 'main', 'opened', 'chosen', 'step_told', 'new', 'check', 'given', 'run_data',
-           'run_text', 'run', 'resume', 'run_notebook', 'demo', 'unfinished_demo', 'live_demo', 'demo_text']
+           'run_text', 'brief', 'run', 'resume', 'run_notebook', 'demo', 'unfinished_demo', 'live_demo', 'demo_text']
 
 # %% ../../nbs/9_show/98_work.ipynb #a77e875d
 import os
@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from .output import Answer, Teller, table, verb
+from .output import Answer, Teller, figure, table, verb
 from ..errors import AiexecError, ParameterError, SpecificationError
 
 # %% ../../nbs/9_show/98_work.ipynb #3d49c164
@@ -57,7 +57,7 @@ def opened() -> tuple:  # Settings and Ledger
     settings = load_settings()
     return settings, open_ledger(settings)
 
-
+# %% ../../nbs/9_show/98_work.ipynb #51e0a96e
 def chosen(name: str | None, settings):  # a UseCase
     "The use case that is meant; raises `SpecificationError` when that is not clear."
     from aiexec.define.metrics import check_success
@@ -71,7 +71,7 @@ def chosen(name: str | None, settings):  # a UseCase
     check_success(usecase)
     return usecase
 
-
+# %% ../../nbs/9_show/98_work.ipynb #99d39ed4
 def step_told(teller: Teller, month: str = ""):
     "A listener that tells what the runner reports."
     where = f"{month}  " if month else ""
@@ -133,7 +133,7 @@ def given(pairs: tuple, file: str | None, paths: list[Path]) -> dict[str, Any]:
     declared = {p.name: p for path in paths for p in read_signature(path).parameters}
     return {**(read_yaml(Path(file)) if file else {}), **parse(Signature("", tuple(declared.values()), ()), dict(pairs))}
 
-
+# %% ../../nbs/9_show/98_work.ipynb #559e8919
 def run_data(run) -> dict:
     "A run as plain data."
     steps = {name: {"status": s.status, "seconds": round(s.seconds, 2), "outputs": s.outputs, "notebook": str(s.notebook)}
@@ -143,10 +143,15 @@ def run_data(run) -> dict:
 
 def run_text(data: dict) -> str:
     "A run as a person reads it."
-    rows = [{"step": name, "status": step["status"], "seconds": step["seconds"],
-             "outputs": ", ".join(f"{k}={v}" for k, v in step["outputs"].items() if isinstance(v, (int, float, str)) and len(str(v)) < 40)}
+    rows = [{"step": name, "status": step["status"], "seconds": step["seconds"], "outputs": brief(step["outputs"])}
             for name, step in data["steps"].items()]
     return table(rows, f"Run {data['run']}: {data['status']}")
+
+
+def brief(outputs: dict) -> str:
+    "The outputs that fit in a line."
+    short = {name: value for name, value in outputs.items() if isinstance(value, (int, float, str)) and len(str(value)) < 40}
+    return ", ".join(f"{name} {figure(value)}" for name, value in short.items())
 
 # %% ../../nbs/9_show/98_work.ipynb #e5e2374c
 @main.command()
@@ -166,23 +171,25 @@ def run(target, pairs, file, only, trigger, past, output):
     are not run again."""
     if target and target.endswith(".ipynb"):
         return run_notebook(Path(target), pairs, file, output)
-    from aiexec.govern.production import references
-    from aiexec.run.pipeline import graph
+    from aiexec.govern.production import on_record
+    from aiexec.run.pipeline import graph, steps_for
     from aiexec.run.runner import run_pipeline
     from aiexec.settings import load_settings
+    from aiexec.store import open_ledger
 
     settings = load_settings()
     usecase = chosen(target, settings)
-    graph(usecase)
-    steps = {name: step for name, step in usecase.pipeline.items() if name in (only or (name,)) and (only or step.trigger == trigger)}
-    values = given(pairs, file, [usecase.folder / step.notebook for step in steps.values()])
-    months = references(usecase, steps, past.split(",") if past else ())
+    steps = steps_for(graph(usecase), only, trigger)
+    values = given(pairs, file, [usecase.folder / usecase.pipeline[name].notebook for name in steps])
+    ledger = open_ledger(settings)
+    record = on_record(usecase, ledger, steps, str(values.get(usecase.partition, "")), past.split(",") if past else ())
     with Teller() as teller:
-        done = run_pipeline(usecase, {**months, **values}, only=list(only), trigger=trigger, settings=settings, progress=step_told(teller))
+        done = run_pipeline(usecase, {**record, **values}, only=only, trigger=trigger, settings=settings, ledger=ledger,
+                            progress=step_told(teller))
     data = run_data(done)
     return Answer(data, run_text(data))
 
-
+# %% ../../nbs/9_show/98_work.ipynb #7a1bb8df
 @main.command()
 @click.argument("run", required=False)
 @verb
@@ -221,7 +228,8 @@ def run_notebook(path: Path, pairs: tuple, file: str | None, output: str | None)
     if done.status != "done":
         raise RunFailed(f"{path} failed ({done.failure}): {done.error}.", f"The executed notebook is {target}.")
     data = {"notebook": str(target), "seconds": round(done.seconds, 2), "outputs": done.outputs}
-    return Answer(data, f"{target} ({data['seconds']} s)\n" + table([{"output": k, "value": str(v)} for k, v in done.outputs.items()]))
+    rows = [{"output": name, "value": str(value)} for name, value in done.outputs.items()]
+    return Answer(data, f"{target} ({data['seconds']} s)\n" + (table(rows) if rows else "It declares no outputs."))
 
 # %% ../../nbs/9_show/98_work.ipynb #988c98bb
 FLIGHTS = {"usecase": "flight_delays", "begin": "2013-01", "first": "2013-04", "until": "2013-12"}
@@ -244,7 +252,8 @@ def demo(folder, until, fast):
 
     require("pyarrow", "examples")
     if not FLIGHTS["first"] <= until <= FLIGHTS["until"] or len(until) != 7:
-        raise ParameterError(f"--until {until} is not a month from {FLIGHTS['first']} to {FLIGHTS['until']}.", "Write it as 2013-07.")
+        problem = f"--until {until} is not a month from {FLIGHTS['first']} to {FLIGHTS['until']}."
+        raise ParameterError(problem, "Write it as 2013-07.")
     if not (Path(folder) / "settings.ini").is_file():
         lay_out([(template("project"), ""), (template("usecases/flight_delays"), ""), (template("dashboards"), "dashboards")],
                 Path(folder), name="flights")
@@ -253,10 +262,11 @@ def demo(folder, until, fast):
     begun = open_ledger(settings).events(kind="demo.started")
     if begun and begun[-1].body["fast"] != fast:
         was = "with --fast" if begun[-1].body["fast"] else "on all flights"
-        raise ParameterError(f"The demo in {folder} was made {was}.", f"Name another folder: aiexec demo {folder}-2{' --fast' if fast else ''}.")
+        another = f"aiexec demo {folder}-2{' --fast' if fast else ''}"
+        raise ParameterError(f"The demo in {folder} was made {was}.", f"Name another folder: {another}.")
     return live_demo(settings, until, fast)
 
-
+# %% ../../nbs/9_show/98_work.ipynb #1d3d33cc
 def unfinished_demo(ledger) -> dict | None:
     "What a demo that never came to its end was asked to do."
     events = [event for event in ledger.events() if event.kind in ("demo.started", "demo.done")]
@@ -284,23 +294,27 @@ def live_demo(settings, until: str, fast: bool) -> Answer:
     data = {"project": str(settings.root), "months": months.to_dict("records"), "seconds": seconds}
     return Answer(data, demo_text(settings, usecase, ledger, months, seconds))
 
-
+# %% ../../nbs/9_show/98_work.ipynb #22358aa7
 def demo_text(settings, usecase, ledger, months, seconds: dict) -> str:
     "The year as a person reads it: the table, the sums, the honest remarks, where the time went and where to look next."
     from aiexec.govern.months import summary
 
-    shown = [{"month": r["window"], "flights": r["rows"], "late": r["rate"], "worst PSI": r["worst_psi"], "column": r["worst_column"],
-              "AUC": r.get("roc_auc"), "model": f"v{r['champion']:.0f}", "alert": r["alert"], "retraining": r["retraining"],
-              "delivered": r["delivered"], "planned": r["planned"], "realised": r["realised"], "routes": r["baseline"]}
-             for r in months.to_dict("records")]
+    names = {"window": "month", "rows": "flights", "rate": "late", "worst_psi": "worst PSI", "worst_column": "column",
+             "roc_auc": "AUC", "champion": "model", "alert": "alert", "retraining": "retraining", "delivered": "delivered", "planned": "planned",
+             "realised": "realised", "baseline": "routes"}
+    shown = months.rename(columns=names).reindex(columns=list(names.values())).to_dict("records")
+    cost = usecase.value.cost_per_month
     steps = sorted(((name, spent) for name, spent in seconds.items() if name != "total"), key=lambda item: -item[1])
     spent = "  ".join(f"{name} {value:.0f} s" for name, value in steps if value >= 0.5)
     rest = seconds["total"] - sum(value for _, value in steps)
     place = os.path.relpath(settings.root)
     return "\n".join([
-        "", table(shown, f"{usecase.title}: a row a month ({usecase.value.currency}; routes: the same capacity without a model)"), "",
+        "", table(shown, f"{usecase.title}, month by month"), "",
+        f"planned, realised, routes: {usecase.value.currency} a month before running costs of {cost:,.0f};",
+        "routes: as many warnings without a model, for the routes that were late most often.", "",
         *summary(usecase, ledger, months), "",
-        f"Time: {seconds['total']:.0f} s in all; {spent or 'every step was unchanged'}; starting, recording and delivering {rest:.0f} s.", "",
+        f"Time: {seconds['total']:.0f} s in all; {spent or 'every step was unchanged'}; "
+        f"starting, recording and delivering {rest:.0f} s.", "",
         "Look next:", f"  aiexec dashboard --project {place}", f"  aiexec roi {usecase.name} --project {place}",
         f"  aiexec models --project {place}", f"  aiexec lab --project {place}",
     ])

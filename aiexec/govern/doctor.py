@@ -52,7 +52,8 @@ def folder(settings: Settings) -> str:
             fresh.write_text("well")
         (settings.home / "doctor").unlink()
     except OSError as why:
-        raise AiexecError(f"{settings.home} cannot be written: {why.strerror}.", "Give yourself write access, or make room.") from why
+        problem = f"{settings.home} cannot be written: {why.strerror}."
+        raise AiexecError(problem, "Give yourself write access, or make room.") from why
     free = shutil.disk_usage(settings.home).free / 2**30
     if free < 1:
         raise AiexecError(f"Only {free:.1f} GiB are free.", "Make room: a full disk stops every run.")
@@ -63,10 +64,10 @@ def database(settings: Settings) -> str:
     "Whether the ledger opens and its chain of events is whole."
     audit = verify_chain(open_ledger(settings))
     if not audit.ok:
-        raise AiexecError(f"The chain of events is broken: {audit.findings[0]}", "Compare with a backup: aiexec audit lists everything.")
+        raise AiexecError(f"The chain of events is broken: {audit.findings[0]}", "Compare with a backup: aiexec audit lists all.")
     return f"{audit.events:,} events, chain whole, SQLite {sqlite3.sqlite_version}"
 
-
+# %% ../../nbs/8_govern/88_doctor.ipynb #13e4e0ea
 def tracking(settings: Settings) -> str:
     "Whether MLflow's database is there and complete; makes it when it is not."
     tracking_ready(settings)
@@ -83,7 +84,7 @@ def definitions(settings: Settings) -> str:
                 raise AiexecError(f"{name}/{step.notebook}: {finding.problem}", f"{finding.remedy} All findings: aiexec check.")
     return f"{len(known)} sound: {', '.join(known)}" if known else "none yet: aiexec new makes one"
 
-
+# %% ../../nbs/8_govern/88_doctor.ipynb #9f06757d
 def registry(settings: Settings) -> str:
     "Whether MLflow's aliases are the ledger's; a promotion cut in half is completed from the ledger."
     ledger, mended = open_ledger(settings), []
@@ -97,7 +98,8 @@ def kernel(settings: Settings) -> str:
     "Whether this environment's Python can be a kernel."
     asked = subprocess.run([sys.executable, "-m", "ipykernel_launcher", "--version"], capture_output=True, text=True, timeout=60)
     if asked.returncode:
-        raise AiexecError(f"The kernel does not start: {asked.stderr.strip().splitlines()[-1]}.", "Install it anew: pip install --force-reinstall ipykernel.")
+        problem = f"The kernel does not start: {asked.stderr.strip().splitlines()[-1]}."
+        raise AiexecError(problem, "Install it anew: pip install --force-reinstall ipykernel.")
     return f"ipykernel {asked.stdout.strip()}"
 
 

@@ -58,7 +58,7 @@ def alert_state(alerts: list[dict], window: str) -> str:  # such as "drift, perf
 def monthly(
     usecase: UseCase,  # the use case
     ledger: Ledger,  # where it was recorded
-) -> pd.DataFrame:  # columns: window, rows, rate, worst_psi, worst_column, champion, metrics…, alert, retraining, decided, delivered, planned, realised, baseline
+) -> pd.DataFrame:  # a row a window, as the tiny world below shows
     "The life of a use case, a row for each window in which it scored something."
     mine = {"usecase": usecase.name}
     rows = ledger.rows(MEASUREMENTS, order="window", **mine)
@@ -90,7 +90,7 @@ def summary(
     known = months[months.realised.notna()]
     cost, unit = usecase.value.cost_per_month * len(known), usecase.value.currency
     model, without = known.realised.sum(), known.baseline.sum()
-    lines = [f"Realised over {len(known)} months with labels: {model:,.0f} {unit} with the model, {without:,.0f} {unit} without one; "
+    lines = [f"Realised over {len(known)} months with labels: {model:,.0f} {unit} with the model, {without:,.0f} {unit} without; "
              f"running the model costs {cost:,.0f} {unit}; net benefit {model - cost:,.0f} {unit}.",
              f"Grade: outcomes are measured; what one is worth ({usecase.value.true_positive:g} and "
              f"{usecase.value.false_positive:g} {unit}) is assumed."]
