@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'FLIGHTS', 'Verbs', 'main', 'opened', 'chosen', 'step_told', 'new', 'check', 'given', 'run_data',
-           'run_text', 'brief', 'run', 'resume', 'run_notebook', 'demo', 'unfinished_demo', 'live_demo', 'demo_text']
+           'run_text', 'brief', 'run', 'resume', 'run_notebook', 'demo', 'unfinished_demo', 'live_demo', 'year_text',
+           'time_text']
 
 # %% ../../nbs/9_show/98_work.ipynb #a77e875d
 import os
@@ -275,6 +276,7 @@ def unfinished_demo(ledger) -> dict | None:
 # %% ../../nbs/9_show/98_work.ipynb #ba436ca7
 def live_demo(settings, until: str, fast: bool) -> Answer:
     "Live through the year in a project that is laid out, one at a time."
+    teller = Teller()  # before the imports: what they take belongs to the time that is told
     from aiexec.define.usecase import load_usecase
     from aiexec.files import lock
     from aiexec.govern.months import monthly
@@ -282,7 +284,7 @@ def live_demo(settings, until: str, fast: bool) -> Answer:
     from aiexec.store import open_ledger
 
     ledger, usecase = open_ledger(settings), load_usecase(FLIGHTS["usecase"], settings)
-    with lock(settings.home / "locks" / "demo.lock", f"the demo in {settings.root.name}"), Teller() as teller:
+    with lock(settings.home / "locks" / "demo.lock", f"the demo in {settings.root.name}"), teller:
         with ledger.change("demo.started", usecase.name, {"until": until, "fast": fast}):
             pass
         with open_production(usecase, settings, ledger, lambda month, event: step_told(teller, month)(event)) as production:
@@ -290,31 +292,33 @@ def live_demo(settings, until: str, fast: bool) -> Answer:
         with ledger.change("demo.done", usecase.name, {"seconds": round(teller.seconds, 1)}):
             pass
         seconds = {"total": teller.seconds, **production.seconds}
-    months = monthly(usecase, ledger)
-    data = {"project": str(settings.root), "months": months.to_dict("records"), "seconds": seconds}
-    return Answer(data, demo_text(settings, usecase, ledger, months, seconds))
+    place = os.path.relpath(settings.root)
+    looks = [f"  aiexec {verb} --project {place}" for verb in ("dashboard", "roi", "models", "alerts", "lab")]
+    sample = ["A quarter of the flights: the value shrinks with the sample, the running cost does not.", ""] if fast else []
+    text = "\n".join(["", year_text(usecase, ledger), "", *sample, time_text(seconds), "", "Look next:", *looks])
+    return Answer({"project": str(settings.root), "months": monthly(usecase, ledger).to_dict("records"), "seconds": seconds}, text)
 
 # %% ../../nbs/9_show/98_work.ipynb #22358aa7
-def demo_text(settings, usecase, ledger, months, seconds: dict) -> str:
-    "The year as a person reads it: the table, the sums, the honest remarks, where the time went and where to look next."
-    from aiexec.govern.months import summary
+def year_text(usecase, ledger) -> str:
+    "The year as a person reads it: the table, the sums and what they rest on."
+    from aiexec.govern.months import monthly, summary
 
-    names = {"window": "month", "rows": "flights", "rate": "late", "worst_psi": "worst PSI", "worst_column": "column",
-             "roc_auc": "AUC", "champion": "model", "alert": "alert", "retraining": "retraining", "delivered": "delivered", "planned": "planned",
+    names = {"window": "month", "rows": "flights", "rate": "late", "worst_psi": "worst PSI", "worst_column": "column", "roc_auc": "AUC",
+             "champion": "model", "alert": "alert", "retraining": "retraining", "delivered": "delivered", "planned": "planned",
              "realised": "realised", "baseline": "routes"}
+    months = monthly(usecase, ledger)
     shown = months.rename(columns=names).reindex(columns=list(names.values())).to_dict("records")
-    cost = usecase.value.cost_per_month
-    steps = sorted(((name, spent) for name, spent in seconds.items() if name != "total"), key=lambda item: -item[1])
-    spent = "  ".join(f"{name} {value:.0f} s" for name, value in steps if value >= 0.5)
-    rest = seconds["total"] - sum(value for _, value in steps)
-    place = os.path.relpath(settings.root)
     return "\n".join([
-        "", table(shown, f"{usecase.title}, month by month"), "",
-        f"planned, realised, routes: {usecase.value.currency} a month before running costs of {cost:,.0f};",
+        table(shown, f"{usecase.title}, month by month"), "",
+        f"planned, realised, routes: {usecase.value.currency} a month before running costs of {usecase.value.cost_per_month:,.0f};",
         "routes: as many warnings without a model, for the routes that were late most often.", "",
-        *summary(usecase, ledger, months), "",
-        f"Time: {seconds['total']:.0f} s in all; {spent or 'every step was unchanged'}; "
-        f"starting, recording and delivering {rest:.0f} s.", "",
-        "Look next:", f"  aiexec dashboard --project {place}", f"  aiexec roi {usecase.name} --project {place}",
-        f"  aiexec models --project {place}", f"  aiexec lab --project {place}",
+        *summary(usecase, ledger, months),
     ])
+
+
+def time_text(seconds: dict[str, float]) -> str:
+    "Where the time went, the longest first."
+    steps = sorted(((name, spent) for name, spent in seconds.items() if name != "total"), key=lambda item: -item[1])
+    spent = "  ".join(f"{name} {value:.0f} s" for name, value in steps if value >= 0.5) or "every step was unchanged"
+    rest = seconds["total"] - sum(value for _, value in steps)
+    return f"Time: {seconds['total']:.0f} s in all; {spent}; starting, recording and delivering {rest:.0f} s."
