@@ -24,8 +24,7 @@ def test_notebooks_and_use_case_are_sound():
 def test_the_pipeline_runs(tmp_path):
     root = tmp_path / "copy"
     shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".aiexec", ".venv", ".git"))
-    aiexec("run", "{{name}}", "--only", "ingest", root=root)
-    trained = aiexec("run", "{{name}}", "--trigger", "train", root=root)
+    trained = aiexec("run", "{{name}}", "--only", "ingest", "--only", "train", root=root)
     assert trained["steps"]["train"]["outputs"]["roc_auc"] >= 0.9
     version = trained["steps"]["train"]["outputs"]["version"]
     aiexec("promote", "{{name}}", str(version), "--reason", "first version", root=root)
