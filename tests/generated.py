@@ -18,9 +18,11 @@ LIBRARIES = {"usecases/flight_delays/nbs/features.ipynb": "usecases/flight_delay
 
 
 def readme() -> str:
-    """README.md as nbs/index.ipynb tells it: the page's pictures are found from the top folder."""
-    text, _ = MarkdownExporter().from_filename(str(ROOT / "nbs" / "index.ipynb"))
-    return re.sub(r"\]\((images/)", r"](nbs/\1", text).strip() + "\n"
+    """README.md as nbs/index.ipynb tells it: its pictures and pages are found from the top folder, its code is left out."""
+    exporter = MarkdownExporter(exclude_input=True)
+    text, _ = exporter.from_filename(str(ROOT / "nbs" / "index.ipynb"))
+    text = re.sub(r"\]\((?!https?:|#)", "](nbs/", text)
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
 def library(notebook: str) -> str:
