@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PR_SET_PDEATHSIG', 'LIBC', 'STOP_SECONDS', 'POLL_SECONDS', 'READY_SECONDS', 'PRELOADED', 'INLINE', 'READ_AT_START',
-           'MODELS', 'die_with_parent', 'kill_group', 'ForkedKernel', 'KernelProvisioner', 'Kernel', 'WarmKernels',
-           'start_server', 'changed', 'fork', 'order', 'running_kernel', 'short_folder', 'new_manager', 'ready',
-           'heard', 'open_kernels', 'kernel_environment', 'KernelSource']
+           'MODELS', 'die_with_parent', 'kill_group', 'ForkedKernel', 'KernelProvisioner', 'Kernel',
+           'whole_environment', 'WarmKernels', 'start_server', 'changed', 'fork', 'order', 'short_folder', 'is_running',
+           'private_folder', 'running_kernel', 'new_manager', 'ready', 'heard', 'open_kernels', 'KernelSource']
 
 # %% ../../nbs/3_run/31_kernels.ipynb #5f1a218c
 import asyncio
@@ -25,7 +25,7 @@ from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty
-from typing import Any, AsyncIterator, Iterable
+from typing import Any, AsyncIterator
 
 from jupyter_client import AsyncKernelManager
 from jupyter_client.asynchronous import AsyncKernelClient
@@ -167,6 +167,13 @@ PRELOADED = (
 INLINE = "module://matplotlib_inline.backend_inline"
 READ_AT_START = ("PYTHON", "OMP_", "OPENBLAS_", "MKL_", "NUMEXPR_", "BLIS_", "MALLOC_", "LD_", "LC_", "LANG", "MPL")
 
+# %% ../../nbs/3_run/31_kernels.ipynb #2e07f4a9
+def whole_environment(
+    added: dict[str, str] | None = None,  # to this process's
+) -> dict[str, str]:
+    "The environment of a kernel."
+    return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **(added or {})}
+
 # %% ../../nbs/3_run/31_kernels.ipynb #25118fb1
 class WarmKernels:
     "A fork server for one runner process, and the kernels that come out of it."
@@ -180,7 +187,7 @@ class WarmKernels:
         self.preload, self.warm = list(preload), warm
         self.server, self.control = None, None
         self.notice = "" if warm else "warm kernels were not asked for"
-        self.environment = {**os.environ, **(environment or {})}
+        self.environment = whole_environment(environment)
 
     def __enter__(self) -> "WarmKernels":
         if self.warm and not (hasattr(os, "fork") and hasattr(os, "pidfd_open")):
@@ -255,6 +262,31 @@ async def order(control: socket.socket, ours: socket.socket, theirs: socket.sock
     await loop.sock_sendall(ours, json.dumps(what).encode() + b"\n")
     return json.loads(await loop.sock_recv(ours, 65536) or '{"refused": "the fork server has ended"}')
 
+# %% ../../nbs/3_run/31_kernels.ipynb #0a949d19
+def short_folder() -> Path:
+    "Where sockets can live: their paths are limited to 107 bytes."
+    return Path(tempfile.gettempdir() if len(os.fsencode(tempfile.gettempdir())) < 70 else "/tmp")
+
+
+def is_running(process: int) -> bool:
+    "Whether there is a process of this number."
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
+
+
+def private_folder() -> str:
+    "A new folder (0700) for a kernel's sockets; those that dead runners left are removed."
+    for left in short_folder().glob("aiexec-kernel-*-*"):
+        owner = left.name.split("-")[2]
+        if owner.isdecimal() and not is_running(int(owner)):
+            shutil.rmtree(left, ignore_errors=True)
+    return tempfile.mkdtemp(prefix=f"aiexec-kernel-{os.getpid()}-", dir=short_folder())
+
 # %% ../../nbs/3_run/31_kernels.ipynb #a370e9f2
 @asynccontextmanager
 async def running_kernel(
@@ -263,10 +295,10 @@ async def running_kernel(
     environment: dict[str, str] | None = None,  # added to this process's
 ) -> AsyncIterator[Kernel]:
     "A kernel that is ready, used once: stopped when the block ends, killed when it fails."
-    folder = tempfile.mkdtemp(prefix="aiexec-", dir=short_folder())
+    folder = private_folder()
     manager, kernel = new_manager(kernels, folder), None
     try:
-        await manager.start_kernel(cwd=str(cwd), env={**os.environ, **(environment or {})})
+        await manager.start_kernel(cwd=str(cwd), env=whole_environment(environment))
         kernel = Kernel(manager, manager.client())
         kernel.client.start_channels(stdin=False, hb=False)
         await ready(kernel)
@@ -280,11 +312,6 @@ async def running_kernel(
             kernel.client.stop_channels()
         await manager.cleanup_resources()
         shutil.rmtree(folder, ignore_errors=True)
-
-# %% ../../nbs/3_run/31_kernels.ipynb #0a949d19
-def short_folder() -> str:
-    "Where sockets can live: their paths are limited to 107 bytes."
-    return tempfile.gettempdir() if len(os.fsencode(tempfile.gettempdir())) < 70 else "/tmp"
 
 # %% ../../nbs/3_run/31_kernels.ipynb #7beead70
 def new_manager(
@@ -336,13 +363,6 @@ def open_kernels(
     preload = (*PRELOADED, *MODELS) if models else PRELOADED
     return WarmKernels(preload, warm=settings.kernels == "warm", environment={"PYTHONPATH": str(settings.root)})
 
-
-def kernel_environment(settings: Settings, **about: str) -> dict[str, str]:  # about: run, step, usecase
-    "The variables by which a notebook finds its project and knows what it is part of."
-    chosen = {key: str(getattr(settings, key)) for key in KEYS if getattr(settings, key)}
-    names = {**chosen, **about, "root": str(settings.root)}
-    return {"PYTHONPATH": str(settings.root), **{f"AIEXEC_{name.upper()}": value for name, value in names.items()}}
-
 # %% ../../nbs/3_run/31_kernels.ipynb #1f9c8299
 @dataclass
 class KernelSource:
@@ -352,9 +372,15 @@ class KernelSource:
     given: WarmKernels | None  # the caller's, who closes them
     stack: ExitStack
 
-    def open(self, steps: int, texts: Iterable[str]) -> WarmKernels | None:  # None: cold kernels
-        "The kernels for the steps that remain: a fork server pays from the second step on."
-        if self.given is None and steps > 1 and self.settings.kernels == "warm":
-            models = any(word in text for text in texts for word in ("mlflow", "aiexec.model", "aiexec.serve"))
+    def open(self, notebooks: list[Path]) -> WarmKernels | None:  # None: cold kernels
+        "The kernels for the notebooks that remain: a fork server pays from the second on."
+        if self.given is None and len(notebooks) > 1 and self.settings.kernels == "warm":
+            models = any(word in path.read_text() for path in notebooks for word in ("mlflow", "aiexec.model", "aiexec.serve"))
             self.given = self.stack.enter_context(open_kernels(self.settings, models))
         return self.given
+
+    def environment(self, **about: str) -> dict[str, str]:  # about: run, step, usecase
+        "The variables by which a notebook finds its project and knows what it is part of."
+        chosen = {key: str(getattr(self.settings, key)) for key in KEYS if getattr(self.settings, key)}
+        names = {**chosen, **about, "root": str(self.settings.root)}
+        return {"PYTHONPATH": str(self.settings.root), **{f"AIEXEC_{name.upper()}": value for name, value in names.items()}}
