@@ -12,15 +12,15 @@ import re
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Iterable
+from typing import TYPE_CHECKING, Iterable
 
-import pandas as pd
-
-from .sources import read_frame
 from ..errors import DataError, ParameterError, did_you_mean
 from ..files import digest, writing
 from ..settings import load_settings
 from ..store import Change, Ledger, declare, now, open_ledger
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # %% ../../nbs/2_data/22_datasets.ipynb #c6ae96c5
 DATASETS = declare(
@@ -50,7 +50,7 @@ class Dataset:
 
 # %% ../../nbs/2_data/22_datasets.ipynb #e68e5603
 def write_frame(
-    frame: pd.DataFrame,
+    frame: "pd.DataFrame",
     path: Path,  # where to; ends in .parquet
 ) -> Path:
     "Write a table as Parquet, whole; raises `DataError` when Parquet cannot hold it."
@@ -141,8 +141,12 @@ def read(
     reference: str | Path | Dataset | Iterable[str | Path | Dataset],  # one, or several whose rows are put one under the other
     usecase: str | None = None,  # whose; by default the one whose folder is worked in
     ledger: Ledger | None = None,  # by default that of the project worked in
-) -> pd.DataFrame:
+) -> "pd.DataFrame":
     "Read what a reference means; raises `DataError` when it is missing or changed since it was recorded."
+    import pandas as pd
+
+    from aiexec.data.sources import read_frame
+
     if not isinstance(reference, (str, Path, Dataset)):
         parts = [read(part, usecase, ledger) for part in reference]
         if not parts:

@@ -4,37 +4,33 @@
 
 # %% auto #0
 __all__ = ['VERSIONS', 'ALIASES', 'TRUSTED', 'PARTS', 'ANY', 'tree_digest', 'checked_model', 'foreign', 'write_tree', 'register',
-           'acting', 'orphan', 'upload', 'entitle', 'versions', 'Move', 'history', 'champion', 'find_version',
-           'promote', 'already', 'next_move', 'mend', 'rollback']
+           'content_digest', 'acting', 'orphan', 'upload', 'entitle', 'versions', 'Move', 'history', 'champion',
+           'find_version', 'promote', 'already', 'next_move', 'mend', 'rollback']
 
 # %% ../../nbs/4_model/41_registry.ipynb #d1c0011f
 import os
 import re
 import tempfile
-import time
 import warnings
 from dataclasses import asdict, dataclass
 from importlib.metadata import version as installed
 from json import loads
 from pathlib import Path
 from pickle import PicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import joblib
 import pandas as pd
-import skops.io
-from mlflow import MlflowClient
-from mlflow.entities import Metric
-from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException
-from mlflow.models import Model, infer_signature
-from mlflow.sklearn import save_model
 
 from ..errors import DataError, RegistryError, StaleWrite, did_you_mean
 from ..files import digest, digest_of
-from .tracking import experiment, is_number, quiet, tracking_client, usable
+from .tracking import experiment, is_number, measured, tracking_client, usable
 from ..settings import Settings, current_actor
 from ..store import Change, Ledger, canonical, declare, now, open_ledger
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.models import Model
 
 # %% ../../nbs/4_model/41_registry.ipynb #49751de4
 VERSIONS = declare(
@@ -77,6 +73,8 @@ def checked_model(name: str, model: Any, example: pd.DataFrame) -> None:
 
 def foreign(model: Any) -> list[str]:
     "The types in a model that are not trusted."
+    import skops.io
+
     try:
         return sorted(set(skops.io.get_untrusted_types(data=skops.io.dumps(model))) - set(TRUSTED))
     except (TypeError, ValueError, AttributeError, PicklingError) as why:  # a part that holds a file, a lock, a generator
@@ -87,9 +85,12 @@ def write_tree(
     model: Any,  # a fitted scikit-learn classifier or pipeline
     example: pd.DataFrame,  # rows as the model gets them
     folder: Path,  # to be made
-    described: Model,  # MLflow's description, to be completed
+    described: "Model",  # MLflow's description, to be completed
 ) -> str:  # digest
     "Write a model as MLflow stores it."
+    from mlflow.models import infer_signature
+    from mlflow.sklearn import save_model
+
     rows = example.head(5)
     doubles = rows.astype({name: float for name in rows.select_dtypes("integer")})
     save_model(model, str(folder), mlflow_model=described, signature=infer_signature(doubles, model.predict_proba(rows)),
@@ -115,20 +116,27 @@ def register(
         raise DataError("The datasets in trained_on have no digests.", "Write {reference: digest}, one for each.")
     ledger = ledger or open_ledger(settings)
     trained_on = loads(canonical(trained_on))
-    origin = {"content": joblib.hash([model, trained_on]), **acting()}
+    origin = {"content": content_digest(model, trained_on), **acting()}
     known = ledger.rows(VERSIONS, model=name, **origin)
     if known:
         return known[0]["version"]
     client = tracking_client(ledger.settings)
-    measured = {key: float(value) for key, value in metrics.items() if is_number(value)}
+    figures = {key: float(value) for key, value in metrics.items() if is_number(value)}
     with usable(client.tracking_uri):
-        stored = orphan(client, name, origin) or upload(client, name, model, example, measured, origin, ledger.settings)
+        stored = orphan(client, name, origin) or upload(client, name, model, example, figures, origin, ledger.settings)
     record = {"model": name, "version": int(stored.version), "digest": stored.tags["aiexec.digest"], "source": stored.source,
-              "tracked": stored.run_id, "trained_on": trained_on, "metrics": measured, "at": now(),
+              "tracked": stored.run_id, "trained_on": trained_on, "metrics": figures, "at": now(),
               "actor": current_actor(ledger.settings), **origin}
     with ledger.change("model.registered", f"{name} version {stored.version}", record, (VERSIONS,)) as change:
         change.insert(VERSIONS, record)
     return record["version"]
+
+# %% ../../nbs/4_model/41_registry.ipynb #7f1d3506
+def content_digest(model: Any, trained_on: dict) -> str:
+    "The digest of a model before it is stored."
+    import joblib
+
+    return joblib.hash([model, trained_on])
 
 
 def acting() -> dict[str, str]:
@@ -136,7 +144,7 @@ def acting() -> dict[str, str]:
     return {"run": os.environ.get("AIEXEC_RUN", ""), "step": os.environ.get("AIEXEC_STEP", "")}
 
 
-def orphan(client: MlflowClient, name: str, origin: dict) -> ModelVersion | None:
+def orphan(client: "MlflowClient", name: str, origin: dict) -> "ModelVersion | None":
     "A version that the same step stored just before it crashed."
     tags = {f"aiexec.{key}": value for key, value in origin.items()}
     found = client.search_model_versions(f"name='{name}'")
@@ -144,15 +152,17 @@ def orphan(client: MlflowClient, name: str, origin: dict) -> ModelVersion | None
 
 # %% ../../nbs/4_model/41_registry.ipynb #20234571
 def upload(
-    client: MlflowClient,
+    client: "MlflowClient",
     name: str,
     model: Any,
     example: pd.DataFrame,
     metrics: dict[str, float],
     origin: dict[str, str],  # content, run and step
     settings: Settings,
-) -> ModelVersion:
+) -> "ModelVersion":
     "Store a model in MLflow: in the run of the step that made it, or in one of its own."
+    from mlflow.models import Model
+
     tracked = os.environ.get("MLFLOW_RUN_ID")
     if not tracked:
         place = experiment(client, name, settings)
@@ -165,15 +175,16 @@ def upload(
         origin = {**origin, "digest": write_tree(model, example, tree, described)}
         client.log_model_artifacts(logged.model_id, str(tree))
     client.finalize_logged_model(logged.model_id, "READY")
-    at = int(time.time() * 1000)
-    client.log_batch(tracked, [Metric(key, value, at, 0, model_id=logged.model_id) for key, value in metrics.items()])
+    client.log_batch(tracked, measured(metrics, logged.model_id))
     entitle(client, name)
     tags = {f"aiexec.{key}": value for key, value in origin.items()}
     return client.create_model_version(name, logged.artifact_location, tracked, tags=tags, model_id=logged.model_id)
 
-
-def entitle(client: MlflowClient, name: str) -> None:
+# %% ../../nbs/4_model/41_registry.ipynb #3e8416c0
+def entitle(client: "MlflowClient", name: str) -> None:
     "Make the name under which versions are registered, if it is not there."
+    from mlflow.exceptions import MlflowException
+
     try:
         client.create_registered_model(name)
     except MlflowException as why:

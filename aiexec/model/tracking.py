@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['READY', 'quiet', 'complete', 'sound', 'prepared', 'usable', 'tracking_ready', 'make_database', 'tracking_client',
-           'experiment', 'brief', 'is_number', 'named', 'told', 'inputs_seen', 'MlflowRecorder']
+           'experiment', 'brief', 'is_number', 'named', 'given', 'measured', 'told', 'inputs_seen', 'MlflowRecorder']
 
 # %% ../../nbs/4_model/40_tracking.ipynb #7ec7b9c9
 import os
@@ -22,20 +22,19 @@ import sqlite3
 import tempfile
 import time
 from contextlib import closing, contextmanager
+from importlib.metadata import version
 from numbers import Real
 from pathlib import Path
-from typing import Iterator
-
-import mlflow
-from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, Metric, Param, RunTag
-from mlflow.exceptions import MlflowException
-from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from typing import TYPE_CHECKING, Iterator
 
 from ..define.usecase import UseCase
 from ..errors import RegistryError
 from ..files import lock, writing
 from ..settings import Settings, current_actor
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import DatasetInput, Metric, Param, RunTag
 
 # %% ../../nbs/4_model/40_tracking.ipynb #a0e9ccd9
 @contextmanager
@@ -51,11 +50,13 @@ def quiet() -> Iterator[None]:
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
 
-
-def complete(path: Path, artifacts: Path) -> None:
+# %% ../../nbs/4_model/40_tracking.ipynb #4938672f
+def complete(url: str, artifacts: Path) -> None:
     "Give a database what MLflow's tables lack, and its default experiment a place for artifacts."
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
     with quiet():
-        SqlAlchemyStore(f"sqlite:///{path}", str(artifacts)).engine.dispose()
+        SqlAlchemyStore(url, str(artifacts)).engine.dispose()
 
 # %% ../../nbs/4_model/40_tracking.ipynb #d2b0a2aa
 def sound(path: Path) -> bool:
@@ -71,21 +72,23 @@ def sound(path: Path) -> bool:
 def prepared() -> Path:
     "An empty database of this version of MLflow, from the user's cache."
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = cache / "aiexec" / f"mlflow-{mlflow.__version__}.db"
+    path = cache / "aiexec" / f"mlflow-{version('mlflow')}.db"
     if not sound(path):
         with writing(path) as fresh:
-            complete(fresh, cache)
+            complete(f"sqlite:///{fresh}", cache)
             with closing(sqlite3.connect(fresh)) as connection, connection:  # the default experiment belongs to a project
                 connection.execute("DELETE FROM experiments")
     return path
 
 # %% ../../nbs/4_model/40_tracking.ipynb #d966a043
-READY: set[str] = set()
+READY: set[str] = set()  # what this process has made sure of
 
 
 @contextmanager
 def usable(url: str) -> Iterator[None]:
     "Turn a complaint about MLflow's database into one sentence."
+    from mlflow.exceptions import MlflowException
+
     try:
         with quiet():
             yield
@@ -93,7 +96,7 @@ def usable(url: str) -> Iterator[None]:
         raise RegistryError(f"MLflow's database {url.split('@')[-1]} cannot be used: {str(why).splitlines()[0]}.",
                             "Move it aside and the next run makes a new one; the ledger keeps versions and aliases.") from why
 
-
+# %% ../../nbs/4_model/40_tracking.ipynb #b623d7f8
 def tracking_ready(settings: Settings) -> str:  # the tracking URI, complete
     "Make sure that MLflow's database is there and whole; raises `RegistryError`."
     url = settings.url("tracking")
@@ -104,7 +107,7 @@ def tracking_ready(settings: Settings) -> str:  # the tracking URI, complete
     artifacts = settings.home / "artifacts"
     with usable(url), lock(settings.home / "locks" / "mlflow.lock", "making MLflow's database", wait=180):
         if path is None:
-            SqlAlchemyStore(url, str(artifacts)).engine.dispose()
+            complete(url, artifacts)
         elif not path.is_file() or path.stat().st_size == 0:
             make_database(path, artifacts)
         elif not sound(path):
@@ -120,22 +123,26 @@ def make_database(path: Path, artifacts: Path) -> None:
             shutil.copyfile(prepared(), fresh)
         except OSError as why:
             logging.getLogger(__name__).warning("No prepared copy of MLflow's database can be kept: %s", why)
-        complete(fresh, artifacts)
+        complete(f"sqlite:///{fresh}", artifacts)
 
 # %% ../../nbs/4_model/40_tracking.ipynb #a39dd80f
-def tracking_client(settings: Settings) -> MlflowClient:
+def tracking_client(settings: Settings) -> "MlflowClient":
     "A client of the project's own MLflow, whatever the process's default is."
+    from mlflow import MlflowClient
+
     url = tracking_ready(settings)
     with usable(url):
         return MlflowClient(tracking_uri=url)
 
 
 def experiment(
-    client: MlflowClient,
+    client: "MlflowClient",
     name: str,  # of the use case
     settings: Settings,
 ) -> str:  # its id
     "The experiment of a use case, made when it is not there."
+    from mlflow.exceptions import MlflowException
+
     found = client.get_experiment_by_name(name)
     if found is None:
         # a tracking server has its own place for artifacts
@@ -165,14 +172,33 @@ def named(run: str, step: str, partition: str, notebook: Path) -> dict[str, str]
     return {"mlflow.runName": f"{step} {partition}".strip(), "mlflow.source.type": "NOTEBOOK",
             "mlflow.source.name": Path(notebook).name, "aiexec.run": run, "aiexec.step": step, "aiexec.partition": partition}
 
+# %% ../../nbs/4_model/40_tracking.ipynb #07a4785e
+def given(parameters: dict) -> "list[Param]":
+    "The parameters as MLflow takes them."
+    from mlflow.entities import Param
 
-def told(outputs: dict) -> list[RunTag]:
+    return [Param(name, brief(value)) for name, value in parameters.items()]
+
+
+def measured(outputs: dict, model: str | None = None) -> "list[Metric]":  # model: its id, if they are a model's
+    "The outputs that are measurements, as metrics of this moment."
+    from mlflow.entities import Metric
+
+    at = int(time.time() * 1000)
+    return [Metric(name, float(value), at, 0, model_id=model) for name, value in outputs.items() if is_number(value)]
+
+
+def told(outputs: dict) -> "list[RunTag]":
     "The outputs that are words or yes and no, as tags."
+    from mlflow.entities import RunTag
+
     return [RunTag(f"aiexec.output.{name}", brief(value)) for name, value in outputs.items() if isinstance(value, (str, bool))]
 
 
-def inputs_seen(inputs: dict[str, str]) -> list[DatasetInput]:
+def inputs_seen(inputs: dict[str, str]) -> "list[DatasetInput]":
     "Inputs, by name and digest, as MLflow shows them; it takes 36 digits."
+    from mlflow.entities import Dataset, DatasetInput
+
     return [DatasetInput(Dataset(name, sha[:36], "local", source=name)) for name, sha in inputs.items()]
 
 # %% ../../nbs/4_model/40_tracking.ipynb #31ad85d5
@@ -196,7 +222,7 @@ class MlflowRecorder:
         with quiet():
             place = experiment(self.client, usecase.name, self.settings)
             tracked = self.client.create_run(place, tags=tags | {"mlflow.user": current_actor(self.settings)}).info.run_id
-            self.client.log_batch(tracked, params=[Param(name, brief(value)) for name, value in parameters.items()])
+            self.client.log_batch(tracked, params=given(parameters))
         return tracked, {"MLFLOW_TRACKING_URI": tracking_ready(self.settings), "MLFLOW_RUN_ID": tracked,
                          "MLFLOW_EXPERIMENT_ID": place, "MLFLOW_DISABLE_TELEMETRY": "true", "GIT_PYTHON_REFRESH": "quiet"}
 
@@ -210,10 +236,8 @@ class MlflowRecorder:
         inputs: dict[str, str],  # digest of each input by name
     ) -> None:
         "Close the run of a step with what it gave."
-        at, known = int(time.time() * 1000), {**outputs, "seconds": seconds}
-        metrics = [Metric(name, float(value), at, 0) for name, value in known.items() if is_number(value)]
         with quiet():
-            self.client.log_batch(tracked, metrics=metrics, tags=told(outputs))
+            self.client.log_batch(tracked, metrics=measured({**outputs, "seconds": seconds}), tags=told(outputs))
             if inputs:
                 self.client.log_inputs(tracked, datasets=inputs_seen(inputs))
             if notebook and Path(notebook).is_file():

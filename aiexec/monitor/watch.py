@@ -11,14 +11,16 @@ import math
 import re
 from dataclasses import dataclass
 from html import escape
-from typing import Iterable
+from typing import TYPE_CHECKING, Iterable
 
 import pandas as pd
 
 from ..define.usecase import Threshold, UseCase
 from ..errors import ParameterError, did_you_mean
-from .performance import Performance
 from ..store import Ledger, declare, now
+
+if TYPE_CHECKING:  # scipy comes with it, and whoever only asks for alerts would wait for that
+    from aiexec.monitor.performance import Performance
 
 # %% ../../nbs/6_monitor/63_watch.ipynb #4821296b
 MEASUREMENTS = declare(
@@ -71,7 +73,7 @@ def drift_rows(
 
 
 def performance_rows(
-    performance: Performance,
+    performance: "Performance",
     success: Iterable[Threshold] = (),  # the use case's lines
 ) -> list[dict]:
     "One measurement a metric: its value, its interval, and whether it keeps the line."

@@ -21,7 +21,9 @@ class OutputError(ValueError):
 
 
 def plain(value: Any) -> Any:
-    "numpy's scalars as Python's own, also inside lists and dicts."
+    "numpy's scalars as Python's own and paths as text, also inside lists and dicts."
+    if isinstance(value, Path):
+        return str(value)
     if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
         return value.item()
     if isinstance(value, list):

@@ -17,9 +17,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-from pyarrow.parquet import read_metadata
+from typing import TYPE_CHECKING, Any
 
 from ..data.datasets import DATASETS, record_dataset, resolve
 from ..define.usecase import UseCase, load_usecase
@@ -27,24 +25,23 @@ from ..errors import DataError, ParameterError, RunFailed, did_you_mean
 from ..files import digest, digest_of, lock, write_text
 from ..plugins import load
 from .fingerprint import Fingerprint, fingerprint
-from .kernels import KernelSource, WarmKernels, kernel_environment
-from .notebook import Cancelled, Execution, execute
 from .pipeline import Graph, bind_steps, graph, steps_for
-from .signature import kinds
+from .signature import fits, kinds
 from ..settings import Settings, current_actor, load_settings
 from ..store import Ledger, declare, now, open_ledger
 
+if TYPE_CHECKING:
+    from aiexec.run.kernels import KernelSource, WarmKernels
+    from aiexec.run.notebook import Execution
+
 # %% ../../nbs/3_run/35_runner.ipynb #68586c30
 RUNS = declare(
-    "runs", key=("run",),
-    run="text", usecase="text", partition="text", status="text", started="text", ended="text", actor="text",
-    parameters="json", steps="json", error="text",
-)
+    "runs", key=("run",), run="text", usecase="text", partition="text", status="text", started="text", ended="text", actor="text",
+    parameters="json", steps="json", error="text")
 STEPS = declare(
-    "steps", key=("run", "step", "attempt"),
-    run="text", step="text", attempt="int", usecase="text", partition="text", status="text", fingerprint="text", parts="json",
-    started="text", seconds="float", notebook="text", digest="text", outputs="json", error="text", tracked="text",
-)
+    "steps", key=("run", "step", "attempt"), run="text", step="text", attempt="int", usecase="text", partition="text",
+    status="text", fingerprint="text", parts="json", started="text", seconds="float", notebook="text", digest="text",
+    outputs="json", error="text", tracked="text")
 
 # %% ../../nbs/3_run/35_runner.ipynb #66dce430
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ class Work:
     values: dict[str, dict[str, Any]]  # bound, by parameter by step
     settings: Settings
     ledger: Ledger
-    kernels: KernelSource
+    kernels: "KernelSource"
     watcher: Callable[[Progress], None] | None
     given_recorder: Any = None
     results: dict[str, StepResult] = field(default_factory=dict)
@@ -138,8 +135,7 @@ def outcome(work: Work, step: str) -> dict:  # a row of STEPS
     partition = work.partition(step)
     if step not in work.steps:
         takes = {one.name for one in work.graph.nodes[step].signature.parameters}
-        given = (values[work.usecase.partition] for values in work.values.values() if work.usecase.partition in values)
-        partition = str(next(given, "")) if work.usecase.partition in takes else ""
+        partition = next(filter(None, map(work.partition, work.steps)), "") if work.usecase.partition in takes else ""
     which = {"run": work.run} if step in work.steps else {"usecase": work.usecase.name, "partition": partition}
     rows = work.ledger.rows(STEPS, order="-started", step=step, status=["done", "cached"], **which)
     if not rows:
@@ -149,12 +145,13 @@ def outcome(work: Work, step: str) -> dict:  # a row of STEPS
     return rows[0]
 
 # %% ../../nbs/3_run/35_runner.ipynb #0633b547
-def wired(work: Work, step: str, output: str) -> tuple[Any, str | None]:  # value or path, and the digest of a file
-    "What comes through a wire."
+def wired(work: Work, step: str, output: str, asked: str = "Path") -> tuple[Any, str | None]:  # value or path, and its digest
+    "What comes through a wire; a list of one file where a list is asked for."
     given = outcome(work, step)["outputs"][output]
     if "value" in given:
         return given["value"], None
-    return str(unaltered(work.settings.home / given["file"], given["digest"], f"{step}.{output}")), given["digest"]
+    path = str(unaltered(work.settings.home / given["file"], given["digest"], f"{step}.{output}"))
+    return (path, given["digest"]) if fits(path, asked) else ([path], digest_of([given["digest"]]))
 
 
 def unaltered(path: Path, recorded: str, name: str) -> Path:
@@ -181,7 +178,7 @@ def arguments(work: Work, step: str) -> tuple[dict[str, Any], dict[str, str]]:  
             if "Dataset" in kinds(one.annotation) and value:
                 values[one.name], inputs[one.name] = referred(work, value)
         else:
-            values[one.name], known = wired(work, *node.references[one.name])
+            values[one.name], known = wired(work, *node.references[one.name], one.annotation)
             inputs |= {one.name: known} if known else {}
     return values, inputs
 
@@ -271,6 +268,8 @@ def do_step(work: Work, step: str) -> StepResult:
 # %% ../../nbs/3_run/35_runner.ipynb #27ad575e
 def execute_step(work: Work, step: str, attempt: int, values: dict, inputs: dict, mark: Fingerprint) -> StepResult:
     "Run a step's notebook and record how it ended."
+    from aiexec.run.notebook import Cancelled, execute
+
     node, home = work.graph.nodes[step], work.settings.home
     folder = home / "runs" / work.run / step / str(attempt)
     work.say(step, "started")
@@ -279,9 +278,8 @@ def execute_step(work: Work, step: str, attempt: int, values: dict, inputs: dict
            "status": "running", "fingerprint": mark.key, "parts": mark.parts, "started": now(), "seconds": 0.0, "error": "",
            "notebook": (folder / "notebook.ipynb").relative_to(home).as_posix(), "digest": "", "outputs": {}, "tracked": tracked}
     record_step(work, row, "step.started", new=True)
-    remaining = work.steps[work.steps.index(step):]
-    kernels = work.kernels.open(len(remaining), (work.graph.nodes[name].notebook.read_text() for name in remaining))
-    environment = {**kernel_environment(work.settings, run=work.run, step=step, usecase=work.usecase.name), **added}
+    kernels = work.kernels.open([work.graph.nodes[name].notebook for name in work.steps[work.steps.index(step):]])
+    environment = {**work.kernels.environment(run=work.run, step=step, usecase=work.usecase.name), **added}
     try:
         ended = execute(node.notebook, folder / "notebook.ipynb", values, cwd=node.notebook.parent, kernels=kernels,
                         timeout=work.settings.timeout, environment=environment, collect_to=folder / "outputs",
@@ -292,10 +290,9 @@ def execute_step(work: Work, step: str, attempt: int, values: dict, inputs: dict
     return close_step(work, row, ended, inputs, ended.status)
 
 # %% ../../nbs/3_run/35_runner.ipynb #7494e923
-def close_step(work: Work, row: dict, ended: Execution, inputs: dict[str, str], status: str) -> StepResult:
+def close_step(work: Work, row: dict, ended: "Execution", inputs: dict[str, str], status: str) -> StepResult:
     "Record how a step ended: its files, then `done.json`, then the ledger; raises `RunFailed` when it failed."
-    home, step = work.settings.home, row["step"]
-    notebook = home / row["notebook"]
+    home, step, notebook = work.settings.home, row["step"], work.settings.home / row["notebook"]
     row = {**row, "status": status, "seconds": ended.seconds, "digest": digest(notebook), "error": ended.error or "",
            "outputs": {name: kept(home, value) for name, value in ended.outputs.items()}}
     if status == "done":
@@ -320,6 +317,8 @@ def tell_end(work: Work, row: dict, inputs: dict[str, str]) -> None:
 
 def kept(home: Path, value: Any) -> dict[str, Any]:
     "One output as the ledger keeps it."
+    from pyarrow.parquet import read_metadata
+
     if not isinstance(value, Path):
         return {"value": value}
     file: dict[str, Any] = {"file": value.relative_to(home.resolve()).as_posix(), "digest": digest(value)}
@@ -334,7 +333,7 @@ def run_pipeline(
     trigger: str = "schedule",  # schedule, setup or train
     settings: Settings | None = None,  # of the project worked in, if not given
     ledger: Ledger | None = None,
-    kernels: WarmKernels | None = None,  # from `open_kernels`; whoever opened them closes them
+    kernels: "WarmKernels | None" = None,  # from `open_kernels`; whoever opened them closes them
     recorder: Any = None,  # by default the one of the settings
     progress: Callable[[Progress], None] | None = None,
 ) -> Run:
@@ -355,7 +354,7 @@ def resume_run(
     *,
     settings: Settings | None = None,
     ledger: Ledger | None = None,
-    kernels: WarmKernels | None = None,
+    kernels: "WarmKernels | None" = None,
     recorder: Any = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Run:
@@ -371,13 +370,15 @@ def resume_run(
 # %% ../../nbs/3_run/35_runner.ipynb #0cf902c6
 def carry_out(usecase: UseCase, row: dict, settings: Settings, ledger: Ledger, kernels, recorder, progress) -> Run:
     "Plan a run, take the lock, do its steps and record its end."
+    from aiexec.run.kernels import KernelSource
+
     pipeline = graph(usecase)
     values = bind_steps(pipeline, row["steps"], row["parameters"])
     about = [one[usecase.partition] for one in values.values() if usecase.partition in one]
     row = {**row, "partition": str(about[0]) if about else "", "status": "running", "ended": None, "error": ""}
     with ExitStack() as stack:
-        source = KernelSource(settings, kernels, stack)
-        work = Work(row["run"], pipeline, tuple(row["steps"]), values, settings, ledger, source, progress, recorder)
+        work = Work(row["run"], pipeline, tuple(row["steps"]), values, settings, ledger, KernelSource(settings, kernels, stack),
+                    progress, recorder)
         check_sources(work)
         stack.enter_context(lock(settings.home / "locks" / f"{usecase.name}.lock", f"The run {work.run} of {usecase.name}"))
         for dead in ledger.rows(RUNS, usecase=usecase.name, status="running"):
@@ -392,8 +393,8 @@ def carry_out(usecase: UseCase, row: dict, settings: Settings, ledger: Ledger, k
         except BaseException as why:
             end_run(ledger, work.run, "cancelled" if isinstance(why, KeyboardInterrupt) else "failed", str(why))
             if isinstance(why, OSError):
-                problem = f"The run {work.run} cannot go on: {why}."
-                raise RunFailed(problem, f"Mend that, and go on: aiexec resume {work.run}.") from why
+                remedy = f"Mend that, and go on: aiexec resume {work.run}."
+                raise RunFailed(f"The run {work.run} cannot go on: {why}.", remedy) from why
             raise
         end_run(ledger, work.run, "done")
     return Run(work.run, usecase.name, row["partition"], "done", work.results)

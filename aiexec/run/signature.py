@@ -74,7 +74,7 @@ TYPES = {
     "Dataset": lambda value: type(value) is str and value != "",
     "None": lambda value: value is None,
 }
-RESULTS = ("int", "float", "str", "bool", "list", "dict", "None", "DataFrame", "Figure")
+RESULTS = ("int", "float", "str", "bool", "list", "dict", "None", "Path", "DataFrame", "Figure")
 
 # %% ../../nbs/3_run/30_signature.ipynb #d3af09ac
 def is_date(text: str) -> bool:
