@@ -8,7 +8,6 @@ __all__ = ['runs', 'verify', 'models', 'promote', 'judged', 'rollback', 'one_ste
 
 # %% ../../nbs/9_show/99_commands.ipynb #564439af
 import os
-import subprocess
 import sys
 from dataclasses import asdict
 
@@ -336,5 +335,5 @@ def lab(words):
     settings = load_settings()
     ways = [str(settings.root), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "AIEXEC_ROOT": str(settings.root), "PYTHONPATH": os.pathsep.join(ways)}
-    done = subprocess.run([sys.executable, "-m", "jupyterlab", *words], cwd=settings.root, env=environment)
-    return Answer({"code": done.returncode}, "Closed.", code=done.returncode)
+    os.chdir(settings.root)
+    os.execve(sys.executable, [sys.executable, "-m", "jupyterlab", *words], environment)

@@ -109,6 +109,11 @@ def verb(function: Callable[..., Answer]) -> Callable:
         except KeyboardInterrupt:
             click.echo("\nInterrupted. What was done is kept; go on with: aiexec resume", err=True)
             sys.exit(130)
+        except OSError as error:
+            if debug:
+                raise
+            what = f"{error.filename} cannot be used" if error.filename else "The system refuses"
+            refuse(AiexecError(f"{what}: {error.strerror or error}.", "See that it is there, that you may write it, and that the disk has room."), as_json)
         except Exception as error:  # a fault of ours is still told in a sentence
             if debug:
                 raise
