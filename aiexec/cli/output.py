@@ -113,8 +113,8 @@ def verb(function: Callable[..., Answer]) -> Callable:
             if debug:
                 raise
             what = f"{error.filename} cannot be used" if error.filename else "The system refuses"
-            refuse(AiexecError(f"{what}: {error.strerror or error}.", "See that it is there, that you may write it, and that there is room."),
-                   as_json)
+            remedy = "See that it is there, that you may write it, and that there is room."
+            refuse(AiexecError(f"{what}: {error.strerror or error}.", remedy), as_json)
         except Exception as error:  # a fault of ours is still told in a sentence
             if debug:
                 raise
