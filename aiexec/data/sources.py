@@ -42,7 +42,7 @@ def read_frame(
         raise DataError(f"{shown} has no rows.", "Look at where it comes from, or ask for another part of it.")
     return frame
 
-
+# %% ../../nbs/2_data/20_sources.ipynb #63d81477
 def read_file(path: Path) -> pd.DataFrame:
     "Read one file by its ending."
     if not str(path).endswith(ENDINGS):

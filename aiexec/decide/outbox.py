@@ -35,7 +35,7 @@ class Queued:
     decisions: int  # new ones
     messages: int  # one for each that is treated
 
-
+# %% ../../nbs/7_decide/72_outbox.ipynb #2729ada9
 def enqueue(
     ledger: Ledger,
     usecase: str,
@@ -54,7 +54,7 @@ def enqueue(
         body |= told(frame, new)
     return Queued(len(new), len(messages))
 
-
+# %% ../../nbs/7_decide/72_outbox.ipynb #464b7e6c
 def message_of(
     decision: dict,  # a row of DECISIONS
     target: str,
@@ -110,7 +110,7 @@ class Delivery:
     def _repr_html_(self) -> str:
         return f"<b>Delivery</b> {self.delivered} delivered, {self.waiting} waiting, {self.failed} failed"
 
-
+# %% ../../nbs/7_decide/72_outbox.ipynb #b9b597ae
 def deliver(
     ledger: Ledger,
     usecase: str,

@@ -22,7 +22,7 @@ class Tier:
     promotion: Literal["automatic", "gate", "approval"]  # what lets a version go live
     rule: str  # the same, as a sentence
 
-
+# %% ../../nbs/1_define/13_risk.ipynb #224ca20f
 METRICS_ONLY = ("metrics",)
 GATED = METRICS_ONLY + ("gate", "model card")
 APPROVED = GATED + ("segments", "approval")

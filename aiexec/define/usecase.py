@@ -188,7 +188,7 @@ class Psi(Specification):
     watch: float = Field(default=0.1, gt=0)
     act: float = Field(default=0.25, gt=0)
 
-
+# %% ../../nbs/1_define/10_usecase.ipynb #07e7787c
 class Monitor(Specification):
     "How a model in production is watched."
 

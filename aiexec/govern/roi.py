@@ -53,7 +53,7 @@ def planned_value(ledger: Ledger, usecase: str, window: str, currency: str) -> t
     what = "expected from the scores, unit values assumed"
     return Amount(sum(row["expected"] for row in rows), currency, "assumed", what), {"treated": len(rows)}
 
-
+# %% ../../nbs/8_govern/83_roi.ipynb #609467b1
 def realised_value(
     ledger: Ledger,
     usecase: str,

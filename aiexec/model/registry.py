@@ -216,7 +216,7 @@ class Move:
     run: str  # aiexec run that moved it, if one did
     step: str
 
-
+# %% ../../nbs/4_model/41_registry.ipynb #ac3b823f
 def history(
     name: str,
     ledger: Ledger,

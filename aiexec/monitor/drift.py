@@ -63,7 +63,7 @@ def banded(
         return "act" if found - expected >= act else "watch", found, expected
     return "none" if ceiling <= watch else "cannot tell", found, expected
 
-
+# %% ../../nbs/6_monitor/61_drift.ipynb #211306d0
 def untold(
     reference: Column | None,  # None: the reference has no such column
     current: Column | None,  # None: the current window has no such column

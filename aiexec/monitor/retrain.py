@@ -71,7 +71,7 @@ def propose(
         change.insert(PROPOSALS, row)
     return Proposal(**row), judgement.sentence
 
-
+# %% ../../nbs/6_monitor/65_retrain.ipynb #ee7e5140
 def hindered(usecase: UseCase, last: Proposal, window: str, evidence: dict[str, list[str]]) -> str:
     "Why an earlier proposal stands against another; empty when it does not."
     if not last.settled:

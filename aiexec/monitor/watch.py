@@ -54,8 +54,8 @@ def record(
         change.put(MEASUREMENTS, *[dict.fromkeys(known) | row | given for row in rows])
     return len(rows)
 
-
-def plain(value):  # JSON and every database know None; not all know NaN
+# %% ../../nbs/6_monitor/63_watch.ipynb #339108b8
+def plain(value):
     "A value as the ledger keeps it: what is not a number is nothing."
     if isinstance(value, dict):
         return {name: plain(part) for name, part in value.items()}
@@ -187,7 +187,7 @@ def weigh(
         verdict, said = ("watch", f"missed in {which} only") if missed else ("none", f"held in {', '.join(held)}")
     return Cause(name, verdict, missed, held, untold, f"{line}: {said}.")
 
-
+# %% ../../nbs/6_monitor/63_watch.ipynb #06086e29
 def judge(
     usecase: UseCase,
     ledger: Ledger,

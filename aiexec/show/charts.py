@@ -74,7 +74,7 @@ def ticks(low: float, high: float) -> list[float]:  # from at or below low to at
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(position * step, 12) for position in range(first, max(last, first + 1) + 1)]
 
-
+# %% ../../nbs/9_show/95_charts.ipynb #6daa8ee0
 def places(count: int, width: float) -> list[float]:
     "The middle of each month on the axis."
     each = (width - LEFT - RIGHT) / max(count, 1)
@@ -121,7 +121,7 @@ def framed(
     details = tag("details", tag("summary", "Figures"), tag("div", table(heads, rows), class_="scroll"))
     return tag("figure", caption, svg, details, class_="chart")
 
-
+# %% ../../nbs/9_show/95_charts.ipynb #a53c7600
 def table(
     heads: Sequence[str],  # a head that begins with > stands over figures
     rows: Sequence[Sequence[Any]],
@@ -135,7 +135,7 @@ def table(
     body = [tag("tr", *[tag("td", cell, class_="n" if n else None) for cell, n in zip(row, right)]) for row in rows]
     return tag("table", tag("thead", top), tag("tbody", *body))
 
-
+# %% ../../nbs/9_show/95_charts.ipynb #81348363
 def legend(*pairs: tuple[str, str]) -> Html:  # name and colour
     "What each colour means, in words."
     return tag("span", *[tag("span", swatch(colour), name, class_="key") for name, colour in pairs], class_="legend")
@@ -302,6 +302,10 @@ STYLE = """
 .ax .card{border:1px solid #e6eaee;border-radius:10px;padding:14px 18px} .ax .card .what{color:#5a6673;font-size:13px}
 .ax .card .figure{font-size:24px;line-height:1.4;white-space:nowrap;font-weight:620;letter-spacing:-.01em}
  .ax .card .beside{font-size:13px;color:#5a6673}
+"""
+
+# %% ../../nbs/9_show/95_charts.ipynb #de3d1759
+STYLE += """
 .ax .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,460px),1fr));gap:20px}
 .ax .chart{margin:0;border:1px solid #e6eaee;border-radius:10px;padding:16px 18px 10px;min-width:0} .ax .broad{margin-top:20px}
 .ax figcaption strong{display:block;font-weight:600} .ax figcaption>span{font-size:13px;display:block;min-height:40px}
@@ -340,7 +344,7 @@ def panel(
     way = tag("p", tag("a", "All use cases", href=href)) if href else None
     return tag("div", tag("h1", title), tag("p", *text, class_="soft"), way, class_="panel")
 
-
+# %% ../../nbs/9_show/95_charts.ipynb #5a21c4aa
 def card(what: str, figure: Any, beside: Any = "") -> Html:
     "One figure that is read from afar."
     parts = {"what": what, "figure": figure, "beside": beside}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHELL', 'HEADERS', 'calm', 'log', 'chosen', 'portfolio', 'usecase', 'folder', 'refusal', 'Kept', 'refusing',
-           'starting', 'showing', 'application', 'choices', 'serve']
+           'starting', 'showing', 'sockets_at', 'application', 'choices', 'serve']
 
 # %% ../../nbs/9_show/97_dashboards.ipynb #7555a4a2
 import os
@@ -179,6 +179,17 @@ def showing() -> type:
 
     return Page
 
+# %% ../../nbs/9_show/97_dashboards.ipynb #a9231419
+def sockets_at(port: int) -> list:  # 0: any free one
+    "What listens, on this machine only; raises `ParameterError`."
+    from tornado.netutil import bind_sockets
+
+    try:
+        return bind_sockets(port, "127.0.0.1")
+    except OSError as why:
+        remedy = "Name another, or none to get a free one."
+        raise ParameterError(f"Port {port} cannot be used: {why.strerror}.", remedy) from why
+
 # %% ../../nbs/9_show/97_dashboards.ipynb #0cfb58dd
 def application(
     settings: Settings,
@@ -190,7 +201,6 @@ def application(
     voila = require("voila.app", "dashboard")
     from tornado.httpserver import HTTPServer
     from tornado.ioloop import IOLoop
-    from tornado.netutil import bind_sockets
 
     word, start, page = refusing(), starting(), showing()
 
@@ -202,11 +212,7 @@ def application(
                     (r"/.*", word)]
 
         def listen(self) -> None:
-            try:
-                sockets = bind_sockets(self.port, "127.0.0.1")
-            except OSError as why:
-                remedy = "Name another, or none to get a free one."
-                raise ParameterError(f"Port {self.port} cannot be used: {why.strerror}.", remedy) from why
+            sockets = sockets_at(self.port)
             HTTPServer(self.app).add_sockets(sockets)
             self.port = sockets[0].getsockname()[1]
             self.ioloop = IOLoop.current()

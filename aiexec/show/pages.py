@@ -18,11 +18,12 @@ import pandas as pd
 
 from ..define.usecase import Threshold, UseCase, load_usecase, names
 from ..govern.months import monthly
-from ..govern.portfolio import board_row, portfolio, recorded
-from ..govern.roi import roi
+from ..govern.portfolio import board_row, portfolio
+from ..govern.roi import VALUES, roi
 from ..monitor.alerts import ALERTS
 from ..monitor.retrain import PROPOSALS
 from ..monitor.watch import MEASUREMENTS
+from ..run.runner import RUNS
 from ..settings import Settings
 from .charts import (Html, banner, bar_chart, card, heat_map, join, known, line_chart, money, number, panel, percent, pill, sheet,
                                 table, tag)
@@ -46,7 +47,7 @@ def board(settings: Settings, ledger: Ledger | None) -> list[dict]:
 
 def weighed(row: dict, ledger: Ledger) -> dict:
     "A row of the board, with how many of its open alerts call for action rather than watching."
-    grave = [alert for alert in recorded(ledger, "alerts", usecase=row["name"], severity="act") if alert["status"] != "closed"]
+    grave = [alert for alert in ledger.rows(ALERTS, usecase=row["name"], severity="act") if alert["status"] != "closed"]
     return row | {"grave": len(grave)}
 
 # %% ../../nbs/9_show/96_pages.ipynb #2e3be4d1
@@ -55,8 +56,8 @@ def as_of(ledger: Ledger | None, *usecases: str) -> str | None:  # time of the l
     if ledger is None:
         return None
     mine = {"usecase": usecases}
-    stamps = [row["at"] for name in ("measurements", "values", "alerts") for row in recorded(ledger, name, **mine)]
-    stamps += [row["ended"] or row["started"] for row in recorded(ledger, "runs", **mine)]
+    stamps = [row["at"] for table in (MEASUREMENTS, VALUES, ALERTS) for row in ledger.rows(table, **mine)]
+    stamps += [row["ended"] or row["started"] for row in ledger.rows(RUNS, **mine)]
     return max(stamps, default=None)
 
 
@@ -174,7 +175,7 @@ def facts(usecase: UseCase, ledger: Ledger) -> dict:
     return {"months": months, "windows": windows, "marks": marks, "drift": {name: drift[name] for name in worst[:COLUMNS]},
             "columns": len(drift), "alerts": ledger.rows(ALERTS, order="-opened", **mine),
             "proposals": ledger.rows(PROPOSALS, order="-window", **mine),
-            "runs": recorded(ledger, "runs", order="-started", **mine),
+            "runs": ledger.rows(RUNS, order="-started", **mine),
             "worth": roi(usecase, ledger), "champions": champions(months)}
 
 # %% ../../nbs/9_show/96_pages.ipynb #ad6fa8e6
@@ -260,7 +261,7 @@ def title(usecase: UseCase, champion: int | None, when: str) -> Html:
     return tag("header", tag("a", "← All use cases", href="portfolio.ipynb", class_="small"), tag("h1", usecase.title),
                tag("div", *[tag("span", fact) for fact in facts], class_="facts"))
 
-
+# %% ../../nbs/9_show/96_pages.ipynb #c32eb90b
 def cards(usecase: UseCase, found: dict) -> list[Html]:
     "The figures that are read first."
     worth, currency = found["worth"], usecase.value.currency
@@ -276,7 +277,7 @@ def cards(usecase: UseCase, found: dict) -> list[Html]:
                          f"{values[-1][0]}; threshold {limits(line)}" if values else f"threshold {limits(line)}"))
     return made
 
-
+# %% ../../nbs/9_show/96_pages.ipynb #6fab0962
 def spoken(metric: str) -> str:
     "A metric's name as people say it."
     return {"roc_auc": "ROC AUC", "value_per_1000": "Value per 1,000 rows"}.get(metric, metric.replace("_", " ").capitalize())
