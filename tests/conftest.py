@@ -3,11 +3,19 @@
 import ctypes
 import json
 import os
+import pwd
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
+
+from aiexec.store import sa
 
 ROOT = Path(__file__).parents[1]
 AIEXEC = Path(sys.executable).with_name("aiexec")
@@ -46,6 +54,72 @@ def year(tmp_path_factory) -> Path:
     assert done.returncode == 0, done.stdout + done.stderr
     (place / "printed.txt").write_text(done.stdout, encoding="utf-8")
     return place / "flights"
+
+
+@pytest.fixture(scope="session")
+def month(tmp_path_factory) -> Path:
+    """A small project: one month in production, on a sample of the flights. Copy it before changing it."""
+    place = tmp_path_factory.mktemp("month")
+    done = aiexec("demo", "flights", "--fast", "--until", "2013-04", "--json", cwd=place)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (place / "printed.json").write_text(done.stdout, encoding="utf-8")
+    return place / "flights"
+
+
+@pytest.fixture(scope="session")
+def server():
+    """A PostgreSQL server of our own on a free port of 127.0.0.1; its URL without a database."""
+    places = [Path(found).parent] if (found := shutil.which("initdb")) else []
+    places += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+    places = [place for place in places if (place / "postgres").exists()]
+    if not places:
+        missing = "PostgreSQL is not installed (Debian: apt-get install postgresql)"
+        pytest.fail(missing) if os.environ.get("AIEXEC_REQUIRE_POSTGRES") == "1" else pytest.skip(missing)
+    folder = Path(tempfile.mkdtemp(prefix="aiexec-postgres-"))
+    # PostgreSQL refuses to run as root
+    user = {}
+    if os.geteuid() == 0:
+        nobody = pwd.getpwnam("nobody")
+        user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+        os.chown(folder, nobody.pw_uid, nobody.pw_gid)
+    data, log = folder / "data", (folder / "log").open("wb")
+    try:
+        subprocess.run([places[0] / "initdb", "-D", data, "-U", "aiexec", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"],
+                       check=True, stdout=log, stderr=log, cwd=folder, **user)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        options = {"port": port, "listen_addresses": "127.0.0.1", "unix_socket_directories": "", "max_connections": 60}
+        process = subprocess.Popen([places[0] / "postgres", "-D", data, *[f"--{key}={value}" for key, value in options.items()]],
+                                   stdout=log, stderr=log, cwd=folder, **user)
+    except BaseException:
+        print((folder / "log").read_text())
+        shutil.rmtree(folder)
+        raise
+    try:
+        url = f"postgresql+psycopg://aiexec@127.0.0.1:{port}"
+        until = time.monotonic() + 30
+        while True:
+            try:
+                sa.create_engine(f"{url}/postgres").connect().close()
+                break
+            except sa.exc.OperationalError:
+                assert process.poll() is None and time.monotonic() < until, (folder / "log").read_text()
+                time.sleep(0.05)
+        yield url
+    finally:
+        process.send_signal(signal.SIGINT)  # ends the sessions that are open
+        process.wait(30)
+        log.close()
+        shutil.rmtree(folder)
+
+
+def new_database(server: str, name: str) -> str:
+    engine = sa.create_engine(f"{server}/postgres", isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.exec_driver_sql(f"CREATE DATABASE {name}")
+    engine.dispose()
+    return f"{server}/{name}"
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -2,13 +2,9 @@
 
 import multiprocessing
 import os
-import pwd
 import random
-import shutil
 import signal
 import socket
-import subprocess
-import tempfile
 import time
 from pathlib import Path
 
@@ -28,6 +24,8 @@ from aiexec.govern.audit import verify_chain
 from aiexec.settings import Settings
 from aiexec.store import declare, open_ledger, sa
 
+from .conftest import new_database
+
 FORK = multiprocessing.get_context("fork")
 VALUE = Value(currency="USD", true_positive=38, false_positive=-9, false_negative=0, true_negative=0)
 POLICY = Policy(action="warn", capacity=Capacity(share=0.05), hold_out=0.1, salt="test", rank_by="expected_value")
@@ -42,62 +40,6 @@ def scored(per_day: int = 1000, days: int = 30, seed: int = 1) -> pd.DataFrame:
         "prediction_id": [f"{MONTH} UA{number}" for number in range(rows)], "score": noise.beta(2, 6, rows),
         "day": np.repeat([f"{MONTH}-{day + 1:02}" for day in range(days)], per_day), "model_version": 1, "carrier": "UA",
     })
-
-
-@pytest.fixture(scope="session")
-def server():
-    """A PostgreSQL server of our own on a free port of 127.0.0.1; its URL without a database."""
-    places = [Path(found).parent] if (found := shutil.which("initdb")) else []
-    places += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
-    places = [place for place in places if (place / "postgres").exists()]
-    if not places:
-        missing = "PostgreSQL is not installed (Debian: apt-get install postgresql)"
-        pytest.fail(missing) if os.environ.get("AIEXEC_REQUIRE_POSTGRES") == "1" else pytest.skip(missing)
-    folder = Path(tempfile.mkdtemp(prefix="aiexec-postgres-"))
-    # PostgreSQL refuses to run as root
-    user = {}
-    if os.geteuid() == 0:
-        nobody = pwd.getpwnam("nobody")
-        user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
-        os.chown(folder, nobody.pw_uid, nobody.pw_gid)
-    data, log = folder / "data", (folder / "log").open("wb")
-    try:
-        subprocess.run([places[0] / "initdb", "-D", data, "-U", "aiexec", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"],
-                       check=True, stdout=log, stderr=log, cwd=folder, **user)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        options = {"port": port, "listen_addresses": "127.0.0.1", "unix_socket_directories": "", "max_connections": 60}
-        process = subprocess.Popen([places[0] / "postgres", "-D", data, *[f"--{key}={value}" for key, value in options.items()]],
-                                   stdout=log, stderr=log, cwd=folder, **user)
-    except BaseException:
-        print((folder / "log").read_text())
-        shutil.rmtree(folder)
-        raise
-    try:
-        url = f"postgresql+psycopg://aiexec@127.0.0.1:{port}"
-        until = time.monotonic() + 30
-        while True:
-            try:
-                sa.create_engine(f"{url}/postgres").connect().close()
-                break
-            except sa.exc.OperationalError:
-                assert process.poll() is None and time.monotonic() < until, (folder / "log").read_text()
-                time.sleep(0.05)
-        yield url
-    finally:
-        process.send_signal(signal.SIGINT)  # ends the sessions that are open
-        process.wait(30)
-        log.close()
-        shutil.rmtree(folder)
-
-
-def new_database(server: str, name: str) -> str:
-    engine = sa.create_engine(f"{server}/postgres", isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.exec_driver_sql(f"CREATE DATABASE {name}")
-    engine.dispose()
-    return f"{server}/{name}"
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
