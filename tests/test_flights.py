@@ -12,15 +12,21 @@ import pandas as pd
 import pytest
 
 from aiexec.data.contracts import check, load_contract
+from aiexec.data.datasets import write_frame
 from aiexec.decide.decisions import TREATED, decide, uplift
 from aiexec.decide.policies import policy_of
 from aiexec.define.usecase import load_usecase
 from aiexec.errors import DataError, ParameterError
+from aiexec.model.gates import compare
+from aiexec.model.registry import find_version, promote
+from aiexec.monitor.alerts import alerts
 from aiexec.monitor.drift import drift
 from aiexec.monitor.profiles import profile, profile_on
 from aiexec.projects import template
 from aiexec.run.pipeline import graph
 from aiexec.run.signature import check_notebook, read_signature
+from aiexec.settings import load_settings
+from aiexec.store import open_ledger
 
 matplotlib.use("agg")
 PROJECT = template("usecases/flight_delays")
@@ -254,3 +260,82 @@ def test_nobody_was_warned_in_2013_and_a_planted_effect_is_found(library, year, 
     effect = uplift(helped[treated], chosen.late[~treated])
     planted = -chosen.late[treated].mean() / 3
     assert effect.low < planted < effect.high < 0
+
+
+def scored_by(library, model, frame, **more) -> pd.DataFrame:
+    """Predictions of some flights, as score.ipynb gives them."""
+    return pd.DataFrame({"prediction_id": frame.flight_id, "day": library.dates(frame).dt.strftime("%Y-%m-%d"),
+                         "score": model.predict_proba(library.features(frame)[library.MODEL])[:, 1], **more})
+
+
+@pytest.mark.parametrize("taught, rival, tested_on, figures", [
+    (MONTHS[:3], MONTHS[5:8], "2013-09", (0.0492, 0.0242, 0.0748)),
+    (MONTHS[5:8], MONTHS[7:10], "2013-11", (-0.0091, -0.0301, 0.0138)),
+])
+def test_the_gate_finds_what_was_found_by_hand(library, year, usecase, taught, rival, tested_on, figures):
+    frame, policy, scores, acted = year[tested_on], policy_of(usecase), [], []
+    for months in (taught, rival):
+        said = scored_by(library, fitted(library, year, months), frame)
+        chosen = decide(said, policy, usecase.value)
+        scores.append(said.score)
+        acted.append(said.prediction_id.isin(chosen.prediction_id[chosen.arm == TREATED]))
+    drawn = {"groups": library.dates(frame), "seed": 7}
+    found = compare(frame.late, *scores, **drawn)
+    assert (found.difference, found.low, found.high) == pytest.approx(figures, abs=0.0015)
+    assert found.outcome == ("pass" if figures[1] > 0 else "fail")
+    money = compare(frame.late, *acted, "value_per_1000", value=usecase.value, must="not be worse", **drawn)
+    assert money.outcome == "pass", "neither was refused for its money"
+    # flights of a day are late together: taken one by one they look far more certain
+    alone = compare(frame.late, *scores, seed=7)
+    assert found.high - found.low > 1.5 * (alone.high - alone.low)
+
+
+@pytest.fixture(scope="module")
+def project(library, archive, year, tmp_path_factory):
+    """A project without runs, its champion trained by the page itself."""
+    folder = tmp_path_factory.mktemp("lived") / "project"
+    shutil.copytree(PROJECT, folder)
+    (folder / "settings.ini").write_text("[aiexec]\n")
+    here = folder / "usecases" / "flight_delays"
+    months = [write_frame(year[month].drop(columns="late"), folder / f"{month}.parquet") for month in MONTHS[:4]]
+    made = executed("train", here, flights=months[:3], archive=archive)
+    promote("flight_delays", made["version"], reason="the first", settings=load_settings(folder))
+    return here
+
+
+def test_a_version_knows_the_files_that_taught_it(project):
+    ledger = open_ledger(load_settings(project.parents[1]))
+    datasets = find_version("flight_delays", 1, ledger)["trained_on"]["datasets"]
+    assert list(datasets) == ["2013-01.parquet", "2013-02.parquet", "2013-03.parquet"]
+    assert len(set(datasets.values())) == 3
+
+
+@pytest.mark.parametrize("labels", ["none", "one class"])
+def test_an_evaluation_says_what_cannot_be_told(library, project, year, winter_model, tmp_path, labels):
+    frame = year["2013-04"].head(2000)
+    said = scored_by(library, winter_model, frame, model_version=1)
+    write_frame(said, tmp_path / "said.parquet")
+    write_frame(decide(said, policy_of(load_usecase(USECASE)), load_usecase(USECASE).value), tmp_path / "routes.parquet")
+    arrived = pd.DataFrame({"flight_id": frame.flight_id, "arr_delay": np.nan if labels == "none" else 0.0})
+    write_frame(arrived, tmp_path / "outcomes-2013-04.parquet")
+    given = {"predictions": tmp_path / "said.parquet", "routes": tmp_path / "routes.parquet", "archive": tmp_path}
+    made = executed("evaluate", project, **given)
+    assert made["roc_auc"] is None and made["realised"] is None and made["uplift"] is None
+    assert (made["brier"] is None, made["baseline"] is None, made["late_rate"]) == (
+        (True, True, None) if labels == "none" else (False, False, 0.0))
+    assert made["coverage"] == (0 if labels == "none" else 1)
+
+
+def test_the_monitor_tells_drift_renews_its_words_and_says_when_it_cannot_tell(project, year, tmp_path):
+    ledger = open_ledger(load_settings(project.parents[1]))
+    made = executed("monitor", project, flights=project.parents[1] / "2013-04.parquet")
+    assert made["worst_column"] == "evening_temp" and made["worst_psi"] > 5
+    write_frame(year["2013-05"].drop(columns="late"), tmp_path / "may.parquet")
+    executed("monitor", project, month="2013-05", flights=tmp_path / "may.parquet", known="other facts")
+    told, = alerts(ledger, "flight_delays")
+    assert (told["opened"], told["status"], [line["what"] for line in told["history"]]) == ("2013-04", "open", ["opened", "changed"])
+    assert "(9.9)" in told["sentence"] and "(6.1)" in told["history"][0]["sentence"]
+    write_frame(year["2013-06"].drop(columns="late").head(5), tmp_path / "few.parquet")
+    made = executed("monitor", project, month="2013-06", flights=tmp_path / "few.parquet")
+    assert made["worst_column"] is None and made["worst_psi"] is None
+    assert alerts(ledger, "flight_delays")[0]["status"] == "open", "what cannot be told ends nothing"

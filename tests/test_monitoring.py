@@ -270,7 +270,9 @@ def test_n_of_m_opens_one_alert_for_each_cause_and_closes_it(ledger):
     assert found == {"performance.roc_auc": ("2024-04", "2024-08", "closed"),
                      "performance.value_per_1000": ("2024-05", None, "open")}
     assert len(alerts(ledger)) == 2
-    assert [line["what"] for line in alerts(ledger, status="closed")[0]["history"]] == ["opened", "closed"]
+    history = alerts(ledger, status="closed")[0]["history"]
+    assert [line["what"] for line in history] == ["opened", "changed", "changed", "closed"]
+    assert len({line["sentence"] for line in history}) == 4, "each says something new"
 
 
 def test_a_single_missed_window_opens_nothing(ledger):
