@@ -206,24 +206,22 @@ def wait_for(coroutine: Coroutine) -> Execution:
 # %% ../../nbs/3_run/32_notebook.ipynb #bd56b66b
 def wait_in_thread(coroutine: Coroutine) -> Execution:
     "The same on a thread and loop of its own."
-    results, loop = [], asyncio.new_event_loop()
-    task = loop.create_task(coroutine)
+    results, runner = [], asyncio.Runner(loop_factory=asyncio.new_event_loop)
+    task = runner.get_loop().create_task(coroutine)
 
-    def run():
-        results.extend(loop.run_until_complete(asyncio.gather(task, return_exceptions=True)))
-        left = asyncio.all_tasks(loop)
-        for other in left:
-            other.cancel()
-        loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
-        loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.close()
+    async def end() -> None:
+        results.extend(await asyncio.gather(task, return_exceptions=True))
+
+    def run() -> None:
+        with runner:
+            runner.run(end())
 
     thread = threading.Thread(target=run, name="aiexec-execution")
     thread.start()
     try:
         thread.join()
     except KeyboardInterrupt:
-        loop.call_soon_threadsafe(task.cancel)
+        runner.get_loop().call_soon_threadsafe(task.cancel)
         thread.join()
         return failed("cancelled", "cancelled by Ctrl-C")
     if isinstance(results[0], BaseException):
