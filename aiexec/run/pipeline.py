@@ -9,7 +9,7 @@ __all__ = ['REFERENCE', 'FEEDS', 'Node', 'read_node', 'examined', 'feeds', 'Grap
 # %% ../../nbs/3_run/34_pipeline.ipynb #3dd78b59
 import ast
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from html import escape
 from pathlib import Path
@@ -81,7 +81,7 @@ class Graph:
     "A pipeline that can be run."
 
     usecase: UseCase
-    nodes: dict[str, Node]
+    nodes: dict[str, Node] = field(repr=False)
     order: tuple[str, ...]  # each step after those that feed it
 
     def feeding(self, name: str) -> set[str]:

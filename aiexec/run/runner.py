@@ -64,7 +64,7 @@ class Run:
     usecase: str
     partition: str
     status: str  # done, failed or cancelled
-    steps: dict[str, StepResult]
+    steps: dict[str, StepResult] = field(repr=False)
     error: str = ""
 
     def _repr_html_(self) -> str:
