@@ -82,7 +82,8 @@ def models(name, at, card):
         return Answer({"model": names[0], "at": at, "champion": then}, text)
     rows = [row | {"champion": row["version"] == champion(one, ledger)} for one in names for row in versions(one, ledger)]
     moves = [asdict(move) for one in names for move in history(one, ledger)]
-    shown = [{"model": r["model"], "version": r["version"], "champion": "●" if r["champion"] else "", "digest": r["digest"][:12],
+    shown = [{"model": r["model"], "version": r["version"], "champion": "●" if r["champion"] else "",
+              "digest": r["digest"][:12],
               **{k: v for k, v in r["metrics"].items() if isinstance(v, (int, float))}, "registered": r["at"][:19]} for r in rows]
     told = [{"at": m["at"][:19], "alias": m["alias"], "from": m["previous"], "to": m["version"], "who": m["actor"],
              "why": m["reason"]} for m in moves]
@@ -105,7 +106,7 @@ def promote(name, version, reason, override):
     settings, ledger = opened()
     ruling = judged(name, version, settings, ledger)
     if not ruling and not override:
-        raise ParameterError(ruling.why, "Train it with its gate: aiexec run --trigger train, or say --override, which is recorded.")
+        raise ParameterError(ruling.why, "Gate it: aiexec run --trigger train; or say --override, which is recorded.")
     before, evidence = champion(name, ledger), {"by": "hand", "rule": ruling.why, "override": override and not ruling}
     move(name, version, reason=reason, evidence=evidence, expect=before, settings=settings, ledger=ledger)
     text = f"Champion of {name}: version {version} (before: {before or 'none'})"

@@ -297,21 +297,22 @@ def live_demo(settings, until: str, fast: bool) -> Answer:
     looks = [f"  aiexec {verb} --project {place}" for verb in ("dashboard", "roi", "models", "alerts", "lab")]
     sample = ["A quarter of the flights: the value shrinks with the sample, the running cost does not.", ""] if fast else []
     text = "\n".join(["", year_text(usecase, ledger), "", *sample, time_text(seconds), "", "Look next:", *looks])
-    return Answer({"project": str(settings.root), "months": monthly(usecase, ledger).to_dict("records"), "seconds": seconds}, text)
+    data = {"project": str(settings.root), "months": monthly(usecase, ledger).to_dict("records"), "seconds": seconds}
+    return Answer(data, text)
 
 # %% ../../nbs/9_show/98_work.ipynb #22358aa7
 def year_text(usecase, ledger) -> str:
     "The year as a person reads it: the table, the sums and what they rest on."
     from aiexec.govern.months import monthly, summary
 
-    names = {"window": "month", "rows": "flights", "rate": "late", "worst_psi": "worst PSI", "worst_column": "column", "roc_auc": "AUC",
-             "champion": "model", "alert": "alert", "retraining": "retraining", "delivered": "delivered", "planned": "planned",
+    names = {"window": "month", "rows": "flights", "rate": "late", "worst_psi": "worst PSI", "worst_column": "column",
+             "roc_auc": "AUC", "champion": "model", "alert": "alert", "retraining": "retraining", "delivered": "delivered", "planned": "planned",
              "realised": "realised", "baseline": "routes"}
-    months = monthly(usecase, ledger)
+    months, value = monthly(usecase, ledger), usecase.value
     shown = months.rename(columns=names).reindex(columns=list(names.values())).to_dict("records")
     return "\n".join([
         table(shown, f"{usecase.title}, month by month"), "",
-        f"planned, realised, routes: {usecase.value.currency} a month before running costs of {usecase.value.cost_per_month:,.0f};",
+        f"planned, realised, routes: {value.currency} a month before running costs of {value.cost_per_month:,.0f};",
         "routes: as many warnings without a model, for the routes that were late most often.", "",
         *summary(usecase, ledger, months),
     ])

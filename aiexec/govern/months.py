@@ -90,7 +90,8 @@ def summary(
     known = months[months.realised.notna()]
     cost, unit = usecase.value.cost_per_month * len(known), usecase.value.currency
     model, without = known.realised.sum(), known.baseline.sum()
-    lines = [f"Realised over {len(known)} months with labels: {model:,.0f} {unit} with the model, {without:,.0f} {unit} without; "
+    over = "1 month" if len(known) == 1 else f"{len(known)} months"
+    lines = [f"Realised over {over} with labels: {model:,.0f} {unit} with the model, {without:,.0f} {unit} without; "
              f"running the model costs {cost:,.0f} {unit}; net benefit {model - cost:,.0f} {unit}.",
              f"Grade: outcomes are measured; what one is worth ({usecase.value.true_positive:g} and "
              f"{usecase.value.false_positive:g} {unit}) is assumed."]
