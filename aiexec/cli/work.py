@@ -306,8 +306,8 @@ def year_text(usecase, ledger) -> str:
     from aiexec.govern.months import monthly, summary
 
     names = {"window": "month", "rows": "flights", "rate": "late", "worst_psi": "worst PSI", "worst_column": "column",
-             "roc_auc": "AUC", "champion": "model", "alert": "alert", "retraining": "retraining", "delivered": "delivered", "planned": "planned",
-             "realised": "realised", "baseline": "routes"}
+             "roc_auc": "AUC", "champion": "model", "alert": "alert", "retraining": "retraining", "delivered": "delivered",
+             "planned": "planned", "realised": "realised", "baseline": "routes"}
     months, value = monthly(usecase, ledger), usecase.value
     shown = months.rename(columns=names).reindex(columns=list(names.values())).to_dict("records")
     return "\n".join([
