@@ -10,7 +10,6 @@ import keyword
 import re
 import shutil
 import sys
-from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,8 +24,8 @@ def template(
     name: str,  # project, usecases/flight_delays, dashboards …
 ) -> Path:  # its folder
     "The folder of one template; raises `SpecificationError` for an unknown one."
-    beside = Path(aiexec.__file__).parents[1] / "templates"
-    home = beside if (beside / "project").is_dir() else Path(str(resources.files("aiexec.templates")))
+    package = Path(aiexec.__file__).parent
+    home = next(place for place in (package / "templates", package.parent / "templates") if place.is_dir())
     folder = home / name
     if not folder.is_dir():
         known = [path.relative_to(home).as_posix() for path in home.glob("usecases/*") if path.is_dir()]
