@@ -18,6 +18,7 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import OrdinalEncoder
 
+from aiexec.data.sources import read_frame
 from aiexec.errors import DataError
 
 # %% ../nbs/features.ipynb #69442632
@@ -120,7 +121,7 @@ def read_part(
     "One file of the archive; raises `DataError` when there is none, naming the months that are there."
     path = Path(archive) / f"{part}-{month}.parquet"
     if path.is_file():
-        return pd.read_parquet(path)
+        return read_frame(path)
     months = sorted(found.stem.removeprefix(f"{part}-") for found in Path(archive).glob(f"{part}-*.parquet"))
     if not months:
         raise DataError(f"The archive {archive} is empty.", "Run prepare.ipynb first: it fills this folder.")
