@@ -145,7 +145,7 @@ def test_a_changed_file_is_refused_before_anything_is_loaded(project, monkeypatc
     good = load_scorer(MODEL, ledger=ledger).score(pd.DataFrame({"hour": [5.0, 30.0]}))
     assert len(loads) == 1
     chance = random.Random(0)
-    files = sorted(path for path in Path(find_version(MODEL, 1, ledger)["source"]).rglob("*") if path.is_file())
+    files = sorted(path for path in (settings.home / find_version(MODEL, 1, ledger)["source"]).rglob("*") if path.is_file())
     for _ in range(40):
         path = chance.choice(files)
         whole = path.read_bytes()
@@ -161,7 +161,7 @@ def test_a_changed_file_is_refused_before_anything_is_loaded(project, monkeypatc
 
 def test_swapped_versions_and_files_that_are_gone_are_refused(project):
     settings, ledger = project
-    one, two = (Path(find_version(MODEL, version, ledger)["source"]) for version in (1, 2))
+    one, two = (settings.home / find_version(MODEL, version, ledger)["source"] for version in (1, 2))
     aside = one.with_name("aside")
     one.rename(aside)
     two.rename(one)
@@ -198,7 +198,7 @@ def test_ledger_and_mlflow_tell_the_same(project):
     shown = {int(one.version): one for one in client.search_model_versions(f"name='{MODEL}'")}
     for row in versions(MODEL, ledger):
         other = shown.pop(row["version"])
-        assert (other.source, other.run_id, other.tags["aiexec.digest"]) == (row["source"], row["tracked"], row["digest"])
+        assert (other.source, other.run_id, other.tags["aiexec.digest"]) == (str(settings.home / row["source"]), row["tracked"], row["digest"])
         assert client.get_run(row["tracked"]).data.metrics == row["metrics"]
     assert not shown
     assert (alias_in_mlflow(settings), alias_in_mlflow(settings, "challenger")) == (2, 3)

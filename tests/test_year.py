@@ -265,3 +265,19 @@ def test_an_installed_wheel_lives_through_it_too(tmp_path):
     where = subprocess.run([tmp_path / "own/bin/python", "-c", "import aiexec; print(aiexec.__file__)"], cwd=tmp_path,
                            capture_output=True, text=True, check=True).stdout
     assert str(tmp_path) in where
+
+
+def test_a_project_that_was_moved_still_scores(year, tmp_path):
+    """On another machine the old folder is not there: nothing may depend on where the project stood."""
+    program = ("from aiexec.serve.scorer import load_scorer; from aiexec.model.registry import versions; "
+               "from aiexec.store import open_ledger; ledger = open_ledger(); "
+               "print(load_scorer('flight_delays').version, {row['source'][0] for row in versions('flight_delays', ledger)})")
+    shutil.copytree(year, tmp_path / "moved")
+    aside = year.with_name("aside")
+    year.rename(aside)
+    try:
+        done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path / "moved", env=environment(), capture_output=True, text=True)
+    finally:
+        aside.rename(year)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["2", "{'a'}"]

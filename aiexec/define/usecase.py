@@ -261,7 +261,8 @@ class UseCase(Specification):
 
     def _repr_html_(self) -> str:
         facts = [self.department, self.owner, f"{self.risk} risk", self.stage, *[line.text for line in self.success]]
-        return f"<b>{escape(self.title)}</b> ({self.name})<br>{escape(' · '.join(facts))}<br>{escape(' → '.join(self.pipeline))}"
+        lines = [f"<b>{escape(self.title)}</b> ({self.name})", escape(" · ".join(facts)), escape(" → ".join(self.pipeline))]
+        return "<br>".join(lines)
 
 # %% ../../nbs/1_define/10_usecase.ipynb #f5dc08dd
 def load_usecase(

@@ -124,7 +124,9 @@ def register(
     figures = {key: float(value) for key, value in metrics.items() if is_number(value)}
     with usable(client.tracking_uri):
         stored = orphan(client, name, origin) or upload(client, name, model, example, figures, origin, ledger.settings)
-    record = {"model": name, "version": int(stored.version), "digest": stored.tags["aiexec.digest"], "source": stored.source,
+    # within the project by its relative path, so that a project can be moved
+    source = stored.source.removeprefix("file://").removeprefix(f"{ledger.settings.home}/")
+    record = {"model": name, "version": int(stored.version), "digest": stored.tags["aiexec.digest"], "source": source,
               "tracked": stored.run_id, "trained_on": trained_on, "metrics": figures, "at": now(),
               "actor": current_actor(ledger.settings), **origin}
     with ledger.change("model.registered", f"{name} version {stored.version}", record, (VERSIONS,)) as change:

@@ -139,9 +139,9 @@ def outcome(work: Work, step: str) -> dict:  # a row of STEPS
     which = {"run": work.run} if step in work.steps else {"usecase": work.usecase.name, "partition": partition}
     rows = work.ledger.rows(STEPS, order="-started", step=step, status=["done", "cached"], **which)
     if not rows:
-        of = f" for {partition}" if partition else ""
+        of, given = (f" for {partition}", f" -p {work.usecase.partition} {partition}") if partition else ("", "")
         raise DataError(f"{work.usecase.name} has no result of {step}{of}.",
-                        f"Make it: aiexec run {work.usecase.name} --only {step}{of}.")
+                        f"Make it: aiexec run {work.usecase.name} --only {step}{given}.")
     return rows[0]
 
 # %% ../../nbs/3_run/35_runner.ipynb #0633b547

@@ -84,10 +84,10 @@ def load_scorer(
 def fetch(record: dict, folder: Path, settings: Settings) -> Path:
     "A copy of a version's files; raises `RegistryError` when they cannot be had."
     folder.mkdir()
-    source = record["source"].removeprefix("file://")
+    source = record["source"]
     try:
-        if Path(source).is_absolute():
-            return shutil.copytree(source, folder, dirs_exist_ok=True)
+        if ":" not in source.split("/")[0]:  # no scheme: a path, taken from the project
+            return shutil.copytree(settings.home / source, folder, dirs_exist_ok=True)
         return Path(download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=tracking_ready(settings)))
     except (OSError, MlflowException, shutil.Error) as why:
         which = f"{record['model']} version {record['version']}"
