@@ -309,11 +309,14 @@ def year_text(usecase, ledger) -> str:
              "roc_auc": "AUC", "champion": "model", "alert": "alert", "retraining": "retraining", "delivered": "delivered",
              "planned": "planned", "realised": "realised", "baseline": "routes"}
     months, value = monthly(usecase, ledger), usecase.value
-    shown = months.rename(columns=names).reindex(columns=list(names.values())).to_dict("records")
+    if months.empty:
+        return f"{usecase.title}: nothing was scored yet."
+    net = months.assign(**{name: months[name].astype(float) - value.cost_per_month for name in ("planned", "realised")})
+    shown = net.rename(columns=names).reindex(columns=list(names.values())).to_dict("records")
     return "\n".join([
         table(shown, f"{usecase.title}, month by month"), "",
-        f"planned, realised, routes: {value.currency} a month before running costs of {value.cost_per_month:,.0f};",
-        "routes: as many warnings without a model, for the routes that were late most often.", "",
+        f"planned, realised: net benefit in {value.currency}, the running cost of {value.cost_per_month:,.0f} a month paid;",
+        "routes: as many warnings without a model and its cost, for the routes that were late most often.", "",
         *summary(usecase, ledger, months),
     ])
 
