@@ -70,7 +70,8 @@ def table(
     right = [all(isinstance(row.get(name), (int, float, type(None))) for row in rows) for name in columns]
     widths = [max(map(len, [head, *(line[i] for line in cells)])) for i, head in enumerate(heads)]
     widest = max(range(len(widths)), key=widths.__getitem__)
-    widths[widest] = max(24, len(heads[widest]), min(widths[widest], room() - sum(widths) - 2 * len(widths) + widths[widest]))
+    left = room() - sum(widths) - 2 * len(widths) + widths[widest]
+    widths[widest] = min(widths[widest], max(24, len(heads[widest]), left))
 
     def line(parts: list[str]) -> str:
         return "  ".join(p.rjust(w) if r else p.ljust(w) for p, w, r in zip(parts, widths, right)).rstrip()

@@ -100,7 +100,7 @@ def kernel(settings: Settings) -> str:
     if asked.returncode:
         problem = f"The kernel does not start: {asked.stderr.strip().splitlines()[-1]}."
         raise AiexecError(problem, "Install it anew: pip install --force-reinstall ipykernel.")
-    return f"ipykernel {asked.stdout.strip()}"
+    return f"ipykernel {version('ipykernel')}"
 
 
 def extras(settings: Settings) -> str:
