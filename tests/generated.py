@@ -21,7 +21,7 @@ def readme() -> str:
     """README.md as nbs/index.ipynb tells it: its pictures and pages are found from the top folder, its code is left out."""
     exporter = MarkdownExporter(exclude_input=True)
     text, _ = exporter.from_filename(str(ROOT / "nbs" / "index.ipynb"))
-    text = re.sub(r"\]\((?!https?:|#)", "](nbs/", text)
+    text = re.sub(r"\]\((?!https?:|#)", "](nbs/", text).replace("](nbs/../", "](")
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
