@@ -148,19 +148,22 @@ class Teller:
 
     def __init__(self):
         self.begun, self.live = time.monotonic(), sys.stderr.isatty()
-        self.status = None
+        self.bar, self.task = None, None
 
     def __enter__(self) -> "Teller":
         if self.live:
             from rich.console import Console
+            from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-            self.status = Console(stderr=True).status("Starting …")
-            self.status.start()
+            columns = SpinnerColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False)
+            self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self.task = self.bar.add_task("Starting …", total=None)
+            self.bar.start()
         return self
 
     def __exit__(self, *_) -> None:
-        if self.status:
-            self.status.stop()
+        if self.bar:
+            self.bar.stop()
 
     @property
     def seconds(self) -> float:
@@ -175,13 +178,13 @@ class Teller:
 
     def now(self, text: str) -> None:
         "What is being done."
-        if self.status:
-            self.status.update(f"{self.elapsed}  {text}")
+        if self.bar:
+            self.bar.update(self.task, description=text)
 
     def done(self, text: str) -> None:
         "A piece of work that is finished."
         line = f"{self.elapsed}  {text}"
-        if self.status:
-            self.status.console.print(line, highlight=False, markup=False)
+        if self.bar:
+            self.bar.console.print(line, highlight=False, markup=False)
         else:
             click.echo(line, err=True)
