@@ -54,6 +54,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'aiexec.cli.work.run_notebook': ('9_show/work.html#run_notebook', 'aiexec/cli/work.py'),
                                  'aiexec.cli.work.run_text': ('9_show/work.html#run_text', 'aiexec/cli/work.py'),
                                  'aiexec.cli.work.step_told': ('9_show/work.html#step_told', 'aiexec/cli/work.py'),
+                                 'aiexec.cli.work.surroundings': ('9_show/work.html#surroundings', 'aiexec/cli/work.py'),
                                  'aiexec.cli.work.time_text': ('9_show/work.html#time_text', 'aiexec/cli/work.py'),
                                  'aiexec.cli.work.unfinished_demo': ('9_show/work.html#unfinished_demo', 'aiexec/cli/work.py'),
                                  'aiexec.cli.work.year_text': ('9_show/work.html#year_text', 'aiexec/cli/work.py')},

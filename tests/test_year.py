@@ -187,6 +187,11 @@ def test_a_workflow_notebook_runs_as_it_stands(year, notebook, tmp_path_factory)
         os.environ.update(saved)
 
 
+def test_a_notebook_of_a_project_runs_by_its_path(year, tmp_path):
+    told = answer("run", year / "usecases/flight_delays/ingest.ipynb", "-p", "month", "2013-05", "-o", tmp_path / "may.ipynb", cwd=tmp_path)
+    assert (told["outputs"]["rows"], told["outputs"]["quarantined"]) == (28_796, 0)
+
+
 def story(project: Path) -> pd.DataFrame:
     ledger = open_ledger(load_settings(project))
     return monthly(load_usecase("flight_delays", load_settings(project)), ledger)

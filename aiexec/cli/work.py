@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'FLIGHTS', 'Verbs', 'main', 'opened', 'chosen', 'step_told', 'new', 'check', 'given', 'run_data',
-           'run_text', 'brief', 'run', 'resume', 'run_notebook', 'demo', 'unfinished_demo', 'live_demo', 'year_text',
-           'time_text']
+           'run_text', 'brief', 'run', 'resume', 'run_notebook', 'surroundings', 'demo', 'unfinished_demo', 'live_demo',
+           'year_text', 'time_text']
 
 # %% ../../nbs/9_show/98_work.ipynb #a77e875d
 import os
@@ -99,7 +99,7 @@ def new(name):
 
     sources = [(template("project"), ""), (template("usecases/starter"), ""), (template("dashboards"), "dashboards")]
     folder = lay_out(sources, Path(Path(name).parent, checked_name(Path(name).name)), name=Path(name).name)
-    return Answer({"project": str(folder)}, f"Made {folder}. Go on with:\n  cd {folder}\n  pytest\n  aiexec lab")
+    return Answer({"project": str(folder)}, f"Made {folder}. Go on with:\n  cd {folder}\n  pytest          (pip install pytest)\n  aiexec lab")
 
 # %% ../../nbs/9_show/98_work.ipynb #fba876f8
 @main.command()
@@ -225,13 +225,27 @@ def run_notebook(path: Path, pairs: tuple, file: str | None, output: str | None)
     target = Path(output) if output else path.with_name(f"{path.stem}-output.ipynb")
     with Teller() as teller:
         teller.now(f"{path.name} …")
-        done = execute(path, target, values, cwd=path.resolve().parent, outputs={o.name: o.annotation for o in signature.outputs},
-                       collect_to=target.resolve().parent)
+        done = execute(path, target, values, cwd=path.resolve().parent, environment=surroundings(path),
+                       outputs={o.name: o.annotation for o in signature.outputs}, collect_to=target.resolve().parent)
     if done.status != "done":
-        raise RunFailed(f"{path} failed ({done.failure}): {done.error}.", f"The executed notebook is {target}.")
+        raise RunFailed(f"{path} failed ({done.failure}): {(done.error or '').rstrip('.')}.", f"The executed notebook is {target}.")
     data = {"notebook": str(target), "seconds": round(done.seconds, 2), "outputs": done.outputs}
     rows = [{"output": name, "value": str(value)} for name, value in done.outputs.items()]
     return Answer(data, f"{target} ({data['seconds']} s)\n" + (table(rows) if rows else "It declares no outputs."))
+
+
+def surroundings(path: Path) -> dict[str, str]:
+    "The variables by which a notebook finds its project's library and ledger; none outside of a project."
+    from contextlib import ExitStack
+
+    from aiexec.run.kernels import KernelSource
+    from aiexec.settings import find_root, load_settings
+
+    try:
+        root = find_root(path.resolve().parent)
+    except SpecificationError:
+        return {}
+    return KernelSource(load_settings(root), None, ExitStack()).environment()
 
 # %% ../../nbs/9_show/98_work.ipynb #988c98bb
 FLIGHTS = {"usecase": "flight_delays", "begin": "2013-01", "first": "2013-04", "until": "2013-12"}
