@@ -233,7 +233,7 @@ def run_notebook(path: Path, pairs: tuple, file: str | None, output: str | None)
     rows = [{"output": name, "value": str(value)} for name, value in done.outputs.items()]
     return Answer(data, f"{target} ({data['seconds']} s)\n" + (table(rows) if rows else "It declares no outputs."))
 
-
+# %% ../../nbs/9_show/98_work.ipynb #d0967e44
 def surroundings(path: Path) -> dict[str, str]:
     "The variables by which a notebook finds its project's library and ledger; none outside of a project."
     from contextlib import ExitStack
