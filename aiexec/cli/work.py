@@ -99,7 +99,8 @@ def new(name):
 
     sources = [(template("project"), ""), (template("usecases/starter"), ""), (template("dashboards"), "dashboards")]
     folder = lay_out(sources, Path(Path(name).parent, checked_name(Path(name).name)), name=Path(name).name)
-    return Answer({"project": str(folder)}, f"Made {folder}. Go on with:\n  cd {folder}\n  pytest          (pip install pytest)\n  aiexec lab")
+    text = f"Made {folder}. Go on with:\n  cd {folder}\n  pytest          (pip install pytest)\n  aiexec lab"
+    return Answer({"project": str(folder)}, text)
 
 # %% ../../nbs/9_show/98_work.ipynb #fba876f8
 @main.command()
@@ -228,7 +229,8 @@ def run_notebook(path: Path, pairs: tuple, file: str | None, output: str | None)
         done = execute(path, target, values, cwd=path.resolve().parent, environment=surroundings(path),
                        outputs={o.name: o.annotation for o in signature.outputs}, collect_to=target.resolve().parent)
     if done.status != "done":
-        raise RunFailed(f"{path} failed ({done.failure}): {(done.error or '').rstrip('.')}.", f"The executed notebook is {target}.")
+        cause = (done.error or "").rstrip(".")
+        raise RunFailed(f"{path} failed ({done.failure}): {cause}.", f"The executed notebook is {target}.")
     data = {"notebook": str(target), "seconds": round(done.seconds, 2), "outputs": done.outputs}
     rows = [{"output": name, "value": str(value)} for name, value in done.outputs.items()]
     return Answer(data, f"{target} ({data['seconds']} s)\n" + (table(rows) if rows else "It declares no outputs."))
