@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if re.match(r"\d\d_", path.name))
+NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if re.match(r"\d\d[a-z]?_", path.name))
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
 FOREIGN = {
     "papermill": {"run.notebook"},
@@ -61,12 +61,13 @@ def imports(module: str) -> set[str]:
     return found
 
 
-def number(module: str) -> int:
-    return int(ROOMS[module].name[:2])
+def number(module: str) -> str:
+    """A house number as in a street: 30, 30a, 30b, 31."""
+    return ROOMS[module].name.split("_")[0]
 
 
 def test_every_notebook_has_a_number_of_its_own():
-    numbers = [path.name[:2] for path in NOTEBOOKS]
+    numbers = [path.name.split("_")[0] for path in NOTEBOOKS]
     assert len(numbers) == len(set(numbers)), sorted(numbers)
     assert len(NOTEBOOKS) > 30
 
