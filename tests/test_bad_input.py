@@ -19,7 +19,7 @@ from aiexec.decide.decisions import DECISIONS
 from aiexec.decide.outbox import OUTBOX
 from aiexec.files import digest
 from aiexec.model.registry import ALIASES, VERSIONS
-from aiexec.run.runner import RUNS, STEPS
+from aiexec.run.records import RUNS, STEPS
 from aiexec.settings import load_settings
 from aiexec.store import open_ledger
 

@@ -26,7 +26,7 @@ from aiexec.model.registry import ALIASES
 from aiexec.monitor.alerts import close_alert, open_alert
 from aiexec.monitor.retrain import PROPOSALS
 from aiexec.monitor.watch import record
-from aiexec.run.runner import RUNS
+from aiexec.run.records import RUNS
 from aiexec.settings import Settings
 from aiexec.show import dashboards
 from aiexec.show.charts import known, money, number, percent

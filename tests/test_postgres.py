@@ -8,7 +8,7 @@ import pytest
 from aiexec.decide.outbox import OUTBOX
 from aiexec.decide.sql import SqlReceiver
 from aiexec.govern.audit import verify_chain
-from aiexec.run.runner import STEPS
+from aiexec.run.records import STEPS
 from aiexec.settings import Settings, load_settings
 from aiexec.store import connect, open_ledger, sa
 

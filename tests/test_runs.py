@@ -19,7 +19,8 @@ from aiexec.define.usecase import UseCase, load_usecase
 from aiexec.errors import AiexecError, LockedError, NotebookError, ParameterError, PipelineError, RunFailed
 from aiexec.run.kernels import WarmKernels
 from aiexec.run.proof import verify_run
-from aiexec.run.runner import RUNS, STEPS, Run, resume_run, run_pipeline
+from aiexec.run.records import RUNS, STEPS, Run
+from aiexec.run.runner import resume_run, run_pipeline
 from aiexec.settings import Settings, load_settings
 from aiexec.store import Ledger, open_ledger
 

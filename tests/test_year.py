@@ -24,7 +24,7 @@ from aiexec.govern.roi import VALUES
 from aiexec.model.registry import ALIASES, VERSIONS
 from aiexec.monitor.alerts import ALERTS
 from aiexec.monitor.retrain import PROPOSALS
-from aiexec.run.runner import RUNS, STEPS
+from aiexec.run.records import RUNS, STEPS
 from aiexec.settings import load_settings
 from aiexec.store import open_ledger
 

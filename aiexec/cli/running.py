@@ -88,7 +88,8 @@ def resume(run):
     """Go on with what was interrupted or failed.
 
     Without RUN: the demo if it was cut off, else the last run that did not end well."""
-    from aiexec.run.runner import RUNS, resume_run
+    from aiexec.run.records import RUNS
+    from aiexec.run.runner import resume_run
 
     settings, ledger = opened()
     pending = unfinished_demo(ledger)
@@ -144,7 +145,7 @@ def surroundings(path: Path) -> dict[str, str]:
 @verb
 def runs(usecase, limit):
     "List the runs, newest first."
-    from aiexec.run.runner import RUNS
+    from aiexec.run.records import RUNS
 
     settings, ledger = opened()
     rows = ledger.rows(RUNS, order="-started", **({"usecase": chosen(usecase, settings).name} if usecase else {}))

@@ -12,7 +12,7 @@ from ..errors import SpecificationError
 from .roi import roi
 from ..model.registry import champion
 from ..monitor.alerts import ALERTS
-from ..run.runner import RUNS
+from ..run.records import RUNS
 from ..settings import Settings
 from ..store import Ledger
 

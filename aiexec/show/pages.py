@@ -23,7 +23,7 @@ from ..govern.roi import VALUES, roi
 from ..monitor.alerts import ALERTS
 from ..monitor.retrain import PROPOSALS
 from ..monitor.watch import MEASUREMENTS
-from ..run.runner import RUNS
+from ..run.records import RUNS
 from ..settings import Settings
 from .charts import (Html, banner, bar_chart, card, heat_map, join, known, line_chart, money, number, panel, percent, pill, sheet,
                                 table, tag)
