@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAILURES', 'MARK', 'Usage', 'CellRun', 'Execution', 'Cancelled', 'one_line', 'failed', 'check_parameters', 'prepared',
-           'run_cells', 'take_outputs', 'run_in', 'attempt', 'wait_for', 'wait_in_thread', 'mark', 'banner', 'cell_run',
-           'sign', 'execute']
+           'run_cells', 'take_outputs', 'run_in', 'attempt', 'unless', 'wait_for', 'wait_in_thread', 'mark', 'banner',
+           'cell_run', 'sign', 'execute']
 
 # %% ../../nbs/3_run/32_notebook.ipynb #09a7786e
 import ast
@@ -212,6 +212,18 @@ async def attempt(kernels: WarmKernels, progress, timeout: float, cwd: Path, env
         ending = replace(ending, error=f"the notebook did not end within {timeout:g} s")
     return replace(ending, kernel=kernel.kind if kernel else "cold", notice=kernel.notice if kernel else "")
 
+# %% ../../nbs/3_run/32_notebook.ipynb #6b6a6883
+async def unless(coroutine: Coroutine, cancel: threading.Event) -> Execution:
+    "Run to the end, or until the event is set."
+    task = asyncio.ensure_future(coroutine)
+    while not task.done():
+        await asyncio.wait({task}, timeout=0.1)
+        if cancel.is_set() and not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            return failed("cancelled", "cancelled with the run")
+    return task.result()
+
 # %% ../../nbs/3_run/32_notebook.ipynb #b3d2aaf2
 def wait_for(coroutine: Coroutine) -> Execution:
     "Run to the end, also from within a running event loop; 'cancelled' on Ctrl-C."
@@ -303,6 +315,7 @@ def execute(
     secrets: dict[str, str] | None = None,  # reference (env:NAME, file:PATH) by parameter
     memory: int | None = None,  # bytes that the kernel and its children may hold
     checkpoints: Any = None,  # restores and saves at cells tagged so
+    cancel: threading.Event | None = None,  # ends the execution, as Ctrl-C does, when it is set
 ) -> Execution:
     "Execute a notebook in a kernel of its own; raises `Cancelled` on Ctrl-C, once everything is written."
     began, notebook = time.monotonic(), Path(notebook)
@@ -316,7 +329,8 @@ def execute(
     kernels = kernels or WarmKernels(warm=False)
     ending = failed("runner", "the runner was stopped")
     try:
-        ending = wait_for(attempt(kernels, progress, timeout, Path(cwd), environment, on_cell, outputs or {}, collect_to))
+        work = attempt(kernels, progress, timeout, Path(cwd), environment, on_cell, outputs or {}, collect_to)
+        ending = wait_for(unless(work, cancel) if cancel else work)
     finally:
         ending = mark(progress.nb, replace(ending, seconds=round(time.monotonic() - began, 3)))
         sign(progress, ending)
