@@ -96,7 +96,8 @@ def stream(
     binary = open(descriptor, f"{mode}b", buffering=0 if like.write_through and mode == "w" else -1, closefd=False)
     getattr(binary, "raw", binary).name = like.name
     lines = descriptor == 2 or binary.isatty()
-    text = io.TextIOWrapper(binary, like.encoding, like.errors, newline="\n", line_buffering=lines, write_through=like.write_through)
+    text = io.TextIOWrapper(binary, like.encoding, like.errors, newline="\n", line_buffering=lines,
+                            write_through=like.write_through)
     text.mode = mode
     return text
 
@@ -208,7 +209,8 @@ PRELOAD = (
     "aiexec.cli.commands", "rich.console", "rich.progress", "rich.live", "rich.table", "papermill", "nbclient", "nbformat",
     "zmq.asyncio",
     "jupyter_client", "sqlalchemy", "sqlalchemy.dialects.sqlite", "pydantic", "yaml", "pandas", "pyarrow.parquet", "mlflow",
-    "mlflow.store.tracking.sqlalchemy_store", "sklearn.linear_model", "pandera.pandas", "aiexec.settings", "aiexec.store", "aiexec.projects",
+    "mlflow.store.tracking.sqlalchemy_store", "sklearn.linear_model", "pandera.pandas", "aiexec.settings", "aiexec.store",
+    "aiexec.projects",
     "aiexec.define.usecase", "aiexec.define.metrics", "aiexec.data.datasets", "aiexec.run.notebook", "aiexec.run.runner",
     "aiexec.run.proof", "aiexec.model.tracking", "aiexec.model.registry", "aiexec.model.cards", "aiexec.model.gates",
     "aiexec.monitor.alerts", "aiexec.decide.outbox", "aiexec.decide.sql", "aiexec.govern.months", "aiexec.govern.production",
