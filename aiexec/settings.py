@@ -26,6 +26,7 @@ class Settings:
     recorder: str = "mlflow"  # who records runs beside the ledger: a name in the entry points `aiexec.recorders`, or none
     kernels: str = "warm"  # warm: forked from one preloaded process; cold: a new process each
     timeout: float = 1800.0  # seconds one step may take
+    gpus: str = ""  # how many GPUs there are, or their numbers with commas; empty: those that nvidia-smi finds
     actor: str = ""  # who acts; empty: the name of the logged-in user
 
     @property
@@ -74,6 +75,8 @@ def checked(key: str, value: str, where: str) -> str | float:
         raise SpecificationError(f"Unknown key '{key}' in {where}.", did_you_mean(key, KEYS))
     if key == "kernels" and value not in ("warm", "cold"):
         raise SpecificationError(f"kernels is '{value}' in {where}.", "Write warm or cold.")
+    if key == "gpus" and value and not all(number.strip().isdecimal() for number in value.split(",")):
+        raise SpecificationError(f"gpus is '{value}' in {where}.", "Write how many there are, or their numbers: 0,1.")
     if key != "timeout":
         return value
     try:

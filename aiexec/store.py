@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'METADATA', 'EVENTS', 'declare', 'now', 'where_all', 'Change', 'Event', 'canonical', 'chain_key', 'connect',
-           'explained', 'Tables', 'Memory', 'Ledger', 'open_ledger']
+           'explained', 'lacking', 'Tables', 'Memory', 'Ledger', 'open_ledger']
 
 # %% ../nbs/03_store.ipynb #2d11af19
 import hashlib
@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import sqlite3
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -34,6 +35,7 @@ METADATA = sa.MetaData()
 def declare(
     table: str,  # name of the table
     key: tuple[str, ...],  # the columns that make a row unique
+    indices: tuple[tuple[str, ...], ...] = (),  # columns by which rows are looked for, so that many rows stay quick
     **columns: str,  # kind of each column: text, int, float, json or bool
 ) -> sa.Table:
     "Declare a table of the ledger, once."
@@ -44,13 +46,15 @@ def declare(
         sa.Column(name, sa.String(300) if name in key and kind == "text" else KINDS[kind], primary_key=name in key)
         for name, kind in columns.items()
     ]
-    return sa.Table(table, METADATA, *parts)
+    looked_for = [sa.Index("_".join([table, *names]), *names) for names in indices]
+    return sa.Table(table, METADATA, *parts, *looked_for)
 
 
 EVENTS = sa.Table(
     "events", METADATA,
     sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
     *[sa.Column(name, sa.Text, nullable=False) for name in ("at", "actor", "kind", "subject", "body", "previous", "hash")],
+    sa.Index("events_subject", "subject"), sa.Index("events_kind", "kind"),
 )
 
 
@@ -196,6 +200,21 @@ def explained(url: str) -> Iterator[None]:
                   else "Check that its folder can be written and the server answers; aiexec doctor tells more.")
         raise LedgerError(f"The ledger {place} {'is damaged' if damaged else 'cannot be used'}: {cause}.", remedy) from why
 
+# %% ../nbs/03_store.ipynb #212426e3
+def lacking(place: sa.Engine | sa.Connection, table: sa.Table) -> list:  # statements; empty: nothing
+    "What makes a table as it is declared."
+    inspector, dialect = sa.inspect(place), place.dialect
+    if not inspector.has_table(table.name):
+        return [sa.schema.CreateTable(table, if_not_exists=True),
+                *[sa.schema.CreateIndex(index, if_not_exists=True) for index in table.indexes]]
+    columns = {column["name"] for column in inspector.get_columns(table.name)}
+    indices = {index["name"] for index in inspector.get_indexes(table.name)}
+    name = dialect.identifier_preparer.format_table(table)
+    added = [f"ALTER TABLE {name} ADD COLUMN {sa.schema.CreateColumn(column).compile(dialect=dialect)}"
+             for column in table.c if column.name not in columns]
+    return [*map(sa.text, added),
+            *[sa.schema.CreateIndex(index, if_not_exists=True) for index in table.indexes if index.name not in indices]]
+
 # %% ../nbs/03_store.ipynb #1ffecc9b
 class Tables:
     "A database that makes a table when it is first needed."
@@ -210,28 +229,30 @@ class Tables:
         except OSError as why:
             raise LedgerError(f"{settings.home} cannot be written: {why.strerror}.", "Give yourself write access to it.") from why
         self.created: set[str] = set()
+        self.turn = threading.RLock()  # the threads of a process write one after the other
         self.prepare(EVENTS)
 
     def prepare(self, table: sa.Table) -> None:
-        "Make a table that is not there yet; two first starts at once do no harm."
+        "Make a table that is not there yet, or what it lacks; two first starts at once do no harm."
         if table.name in self.created:
             return
         with explained(self.url):
-            if not sa.inspect(self.engine).has_table(table.name):
+            if lacking(self.engine, table):
                 with self.engine.connect().execution_options(writes=True) as connection, connection.begin():
                     if connection.dialect.name == "postgresql":  # its IF NOT EXISTS does not wait for another's
                         connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7303)")
-                    connection.execute(sa.schema.CreateTable(table, if_not_exists=True))
+                    for statement in lacking(connection, table):  # again: another may have been first
+                        connection.execute(statement)
         self.created.add(table.name)
 
 # %% ../nbs/03_store.ipynb #bc56ab53
 class Memory(Tables):
     "A project's ledger as one reads it."
 
-    def rows(self, table: sa.Table, order: str = "", **conditions) -> list[dict]:
-        "The rows that match, in the order of a column (`-column`: last first)."
+    def rows(self, table: sa.Table, order: str = "", limit: int | None = None, **conditions) -> list[dict]:
+        "The rows that match, in the order of a column (`-column`: last first); at most so many."
         self.prepare(table)
-        query = sa.select(table).where(*where_all(table, conditions))
+        query = sa.select(table).where(*where_all(table, conditions)).limit(limit)
         if order:
             column = table.c[order.lstrip("-")]
             query = query.order_by(column.desc() if order.startswith("-") else column)
@@ -267,7 +288,7 @@ class Ledger(Memory):
         for table in tables:
             self.prepare(table)
         body = {} if body is None else body
-        with explained(self.url):
+        with self.turn, explained(self.url):
             with self.engine.connect().execution_options(writes=True) as connection, connection.begin():
                 if connection.dialect.name == "postgresql":
                     connection.exec_driver_sql("LOCK TABLE events IN EXCLUSIVE MODE")
