@@ -21,7 +21,7 @@ SECTIONS = {
     "Begin": ("demo", "new", "doctor"),
     "Run": ("check", "run", "resume", "why", "runs", "verify", "reproduce", "schedule", "backfill", "warm"),
     "Models": ("models", "promote", "rollback", "score"),
-    "Watch": ("monitor", "alerts"),
+    "Watch": ("monitor", "alerts", "drift", "performance"),
     "Decide": ("decide", "deliver"),
     "Govern": ("roi", "portfolio", "audit"),
     "Look": ("dashboard", "lab"),
