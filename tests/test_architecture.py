@@ -19,6 +19,7 @@ FOREIGN = {
     "jupyter_client": {"run.kernels"},
     "sqlalchemy": {"store"},
     "mlflow": {"model.tracking", "model.registry", "serve.scorer"},
+    "cronsim": {"run.schedule", "define.usecase"},
     "skops": {"model.registry", "serve.scorer"},
     "pandera": {"data.contracts"},
     "voila": {"show.dashboards"},
