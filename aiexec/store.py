@@ -24,7 +24,7 @@ from typing import Any, Iterator
 import sqlalchemy as sa
 
 from .errors import LedgerError, StaleWrite, did_you_mean
-from .files import write_text
+from .files import neighbour, sweep, write_text
 from .settings import Settings, current_actor, load_settings
 
 # %% ../nbs/03_store.ipynb #3401bbe8
@@ -153,7 +153,7 @@ def chain_key(settings: Settings) -> bytes:
     path = settings.home / "ledger.key"
     try:
         # a link is made whole or not at all, so of two first starts one wins and both read the same key
-        fresh = path.with_name(f".key-{secrets.token_hex(4)}")
+        fresh = neighbour(path)
         if not path.exists():
             fresh.touch(mode=0o600)
             fresh.write_text(secrets.token_hex(32))
@@ -228,6 +228,7 @@ class Tables:
             self.key = chain_key(settings)
         except OSError as why:
             raise LedgerError(f"{settings.home} cannot be written: {why.strerror}.", "Give yourself write access to it.") from why
+        sweep(settings.home, settings.home / "locks")
         self.created: set[str] = set()
         self.turn = threading.RLock()  # the threads of a process write one after the other
         self.prepare(EVENTS)
