@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['Kind', 'UNKNOWN', 'EXPECTED', 'PATTERNS', 'Name', 'Parameter', 'Inside', 'MEMORY', 'Specification',
            'read_specification', 'explain', 'keys_at', 'models_in', 'inside', 'notebook', 'Threshold', 'Value',
-           'Retries', 'size', 'Step', 'Gate', 'Model', 'Psi', 'Monitor', 'Decide', 'UseCase', 'load_usecase', 'names',
-           'list_usecases', 'json_schema']
+           'Retries', 'size', 'Step', 'Gate', 'Model', 'Psi', 'Monitor', 'Decide', 'five_fields', 'Schedule',
+           'line_of_cron', 'UseCase', 'load_usecase', 'names', 'list_usecases', 'json_schema']
 
 # %% ../../nbs/1_define/10_usecase.ipynb #868aaea7
 import re
+from datetime import datetime
 from html import escape
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Iterator, Literal, TypeVar, get_args
 
-from pydantic import (AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, ValidationError,
-                      model_validator)
+from cronsim import CronSim, CronSimError
+from pydantic import (AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, StringConstraints,
+                      ValidationError, model_validator)
 
 from ..errors import SpecificationError, did_you_mean
 from ..files import read_yaml
@@ -57,7 +59,7 @@ PATTERNS = {r"^[a-z][a-z0-9_]{0,62}$": "a plain name: small letters, digits and 
             r"^[^@\s]+@[^@\s]+\.[^@\s]+$": "an e-mail address",
             r"^\d{1,2} months?$": "a number of months, such as '1 month'",
             r"^[1-9] of [1-9]$": "windows of windows, such as '2 of 3'",
-            r"^\S+( \S+){4}$": "the five fields of cron, such as '0 6 1 * *'"}
+            r"^[a-z]\w*:[a-z]\w*\.[A-Za-z_]\w*$": "a table of a use case, such as 'flights:ingest.orders'"}
 
 # %% ../../nbs/1_define/10_usecase.ipynb #b8a0bea1
 def explain(
@@ -261,6 +263,40 @@ class Decide(Specification):
     hold_out: float = Field(ge=0, lt=1)  # share of the chosen that is left alone, to measure the effect
     deliver: Name  # name of the receiver
 
+# %% ../../nbs/1_define/10_usecase.ipynb #03f991f4
+def five_fields(text: str) -> str:
+    "Five fields that name a time, in UTC."
+    try:
+        if len(text.split()) != 5 or next(CronSim(text, datetime(2000, 1, 1)), None) is None:
+            raise CronSimError("Bad time")
+    except (CronSimError, ValueError) as why:
+        why = f"; its {str(why).removeprefix('Bad ')} is never reached" if str(why).startswith("Bad ") else ""
+        raise ValueError(f"It should be the five fields of cron, such as '0 6 1 * *'{why}") from None
+    return text
+
+
+class Schedule(Specification):
+    "What starts a use case by itself."
+
+    cron: Annotated[str, AfterValidator(five_fields)] | None = None
+    files: tuple[Annotated[str, StringConstraints(min_length=1, max_length=200)], ...] = Field(default=(), strict=False)  # globs
+    datasets: tuple[Annotated[str, StringConstraints(pattern=r"^[a-z]\w*:[a-z]\w*\.[A-Za-z_]\w*$")], ...] = Field(
+        default=(), strict=False)  # tables of other use cases: flights:ingest.orders
+    settle: float = Field(default=10, ge=0)  # seconds that a file must have been left alone
+    catch_up: Literal["all", "latest", "none"] = "latest"  # which of the times that a standstill missed
+    retries: Retries = Retries(times=2, wait=600)  # of a failed run
+
+    @model_validator(mode="after")
+    def starts(self):
+        if not (self.cron or self.files or self.datasets):
+            raise ValueError("Say what starts it: cron, files or datasets")
+        return self
+
+
+def line_of_cron(value: Any) -> Any:
+    "A schedule written as one line is its cron."
+    return {"cron": five_fields(value)} if isinstance(value, str) else value
+
 # %% ../../nbs/1_define/10_usecase.ipynb #c8354695
 class UseCase(Specification):
     "Everything that is decided about a use case before it runs."
@@ -278,7 +314,7 @@ class UseCase(Specification):
     model: Model | None = None
     monitor: Monitor = Monitor()
     decide: Decide | None = None
-    schedule: Annotated[str, StringConstraints(pattern=r"^\S+( \S+){4}$")] | None = None  # cron
+    schedule: Annotated[Schedule, BeforeValidator(line_of_cron, json_schema_input_type=str | Schedule)] | None = None
     _folder: Path = PrivateAttr(default=Path())
 
     @property
