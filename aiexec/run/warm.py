@@ -15,7 +15,6 @@ import stat
 import struct
 import sys
 import time
-from dataclasses import dataclass
 
 # %% ../../nbs/3_run/31_warm.ipynb #7683dbdf
 class NoServer(ConnectionError):
