@@ -80,7 +80,8 @@ def periods(
     if one.kind != until.kind:
         raise ParameterError(f"{first} is a {one.kind}, but {last} is a {until.kind}.", "Write both ends in one form.")
     if one > until:
-        raise ParameterError(f"The first {one.kind}, {first}, lies after the last, {last}.", f"Turn them round: from {last} to {first}.")
+        problem = f"The first {one.kind}, {first}, lies after the last, {last}."
+        raise ParameterError(problem, f"Turn them round: from {last} to {first}.")
     found = [one]
     while found[-1] < until:
         found.append(found[-1].next)

@@ -54,7 +54,8 @@ def counted(
 ) -> CronSim:  # gives the times, one after the other
     "Count the times of a schedule; raises `SpecificationError` for one that cannot be."
     if len(cron.split()) != 5:
-        raise SpecificationError(f"The schedule '{cron}' has not five fields.", "Write it as '0 6 1 * *': " + ", ".join(FIELDS) + ".")
+        remedy = f"Write it as '0 6 1 * *': {', '.join(FIELDS)}."
+        raise SpecificationError(f"The schedule '{cron}' has not five fields.", remedy)
     try:
         return CronSim(cron, moment.astimezone(timezone.utc), reverse=back)
     except (CronSimError, ValueError) as why:
@@ -63,7 +64,8 @@ def counted(
         field = cron.split()[place]
         shown = field if len(field) < 40 else field[:39] + "…"
         remedy = f"It can be {list(FIELDS.values())[place]}, with lists 1,2, ranges 1-5 and steps */2."
-        raise SpecificationError(f"The {list(FIELDS)[place]} '{shown}' of the schedule '{cron[:60]}' is never reached.", remedy) from None
+        problem = f"The {list(FIELDS)[place]} '{shown}' of the schedule '{cron[:60]}' is never reached."
+        raise SpecificationError(problem, remedy) from None
 
 
 def next_times(
@@ -87,7 +89,8 @@ def times_between(
     "The times of a schedule within a stretch."
     if oldest:
         return list(islice(takewhile(lambda time: time <= until, counted(cron, after)), most))
-    return list(islice(takewhile(lambda time: time > after, counted(cron, until + timedelta(microseconds=1), back=True)), most))[::-1]
+    back = counted(cron, until + timedelta(microseconds=1), back=True)
+    return list(islice(takewhile(lambda time: time > after, back), most))[::-1]
 
 # %% ../../nbs/3_run/37_schedule.ipynb #c134c357
 def interval(
