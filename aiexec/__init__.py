@@ -3,8 +3,9 @@ __version__ = "0.1.0"
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # for editors: nothing is imported until it is asked for
     from aiexec.run.function import notebook
+    from aiexec.run.secrets import Secret
 
-LATE = {"notebook": "aiexec.run.function"}  # name → module
+LATE = {"notebook": "aiexec.run.function", "Secret": "aiexec.run.secrets"}  # name → module
 
 
 def __getattr__(name):
