@@ -292,12 +292,14 @@ def cell_run(index: int, cell: nbformat.NotebookNode) -> CellRun:
     return CellRun(index, status, noted.get("duration"))
 
 # %% ../../nbs/3_run/32_notebook.ipynb #84eea252
-def sign(progress: NotebookExecutionManager, ending: Execution) -> None:
-    "Write the end into the notebook's metadata, papermill's keys and ours."
+def sign(progress: NotebookExecutionManager, ending: Execution, stamp: Callable | None = None) -> None:
+    "Write the end into the notebook's metadata, papermill's keys and ours, and last its proof."
     progress.nb.metadata.papermill.update(end_time=progress.now().isoformat(), duration=ending.seconds,
                                           exception=True if ending.failure else None)
     words = ("status", "failure", "error", "cell", "seconds", "kernel")
     progress.nb.metadata["aiexec"] = {word: getattr(ending, word) for word in words}
+    if stamp:
+        progress.nb.metadata["aiexec"]["proof"] = stamp(progress.nb, ending)
 
 # %% ../../nbs/3_run/32_notebook.ipynb #d40746c4
 def execute(
@@ -316,6 +318,7 @@ def execute(
     memory: int | None = None,  # bytes that the kernel and its children may hold
     checkpoints: Any = None,  # restores and saves at cells tagged so
     cancel: threading.Event | None = None,  # ends the execution, as Ctrl-C does, when it is set
+    stamp: Callable[[Any, Execution], dict] | None = None,  # makes the proof that the executed notebook bears
 ) -> Execution:
     "Execute a notebook in a kernel of its own; raises `Cancelled` on Ctrl-C, once everything is written."
     began, notebook = time.monotonic(), Path(notebook)
@@ -333,7 +336,7 @@ def execute(
         ending = wait_for(unless(work, cancel) if cancel else work)
     finally:
         ending = mark(progress.nb, replace(ending, seconds=round(time.monotonic() - began, 3)))
-        sign(progress, ending)
+        sign(progress, ending, stamp)
         with writing(Path(output)) as fresh:
             # a lone surrogate in an output becomes JSON's own escape for it
             fresh.write_bytes(nbformat.writes(progress.nb).encode("utf-8", "backslashreplace"))
