@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.datasets import DATASETS, record_dataset
 from ..errors import RunFailed
-from ..files import digest, write_text
+from ..files import digest, sweep, write_text
 from .fingerprint import Fingerprint, fingerprint
 from .records import STEPS, StepResult, result_of
+from .stamp import stamping
 from .wiring import arguments
 from .work import Work, tell_recorder
 from ..store import now
@@ -40,7 +41,9 @@ def done_before(work: Work, step: str, key: str) -> dict | None:  # a row of STE
 def left_unrecorded(work: Work, step: str, key: str) -> dict | None:  # what done.json says
     "An attempt of this run that was complete when the runner was killed."
     home = work.settings.home
-    found = (json.loads(path.read_text(encoding="utf-8")) for path in (home / "runs" / work.run / step).glob("*/done.json"))
+    attempts = home / "runs" / work.run / step
+    sweep(*attempts.glob("*"))
+    found = (json.loads(path.read_text(encoding="utf-8")) for path in attempts.glob("*/done.json"))
     return next((said for said in found if said["fingerprint"] == key and intact(home, said["outputs"])), None)
 
 # %% ../../nbs/3_run/35d_steps.ipynb #34d789d1
@@ -93,10 +96,12 @@ def execute_step(work: Work, step: str, attempt: int, values: dict, inputs: dict
     record_step(work, row, "step.started", new=True)
     kernels = work.kernels.open([work.graph.nodes[name].notebook for name in work.steps[work.steps.index(step):]])
     environment = {**work.kernels.environment(run=work.run, step=step, usecase=work.usecase.name), **added}
+    stamp = stamping(node.notebook, values, inputs, root=work.settings.root, key=work.ledger.key, mark=mark,
+                     run=work.run, step=step, attempt=attempt)
     try:
         ended = execute(node.notebook, folder / "notebook.ipynb", values, cwd=node.notebook.parent, kernels=kernels,
                         timeout=work.settings.timeout, environment=environment, collect_to=folder / "outputs",
-                        outputs={one.name: one.annotation for one in node.signature.outputs})
+                        outputs={one.name: one.annotation for one in node.signature.outputs}, stamp=stamp)
     except Cancelled as stopped:
         close_step(work, row, stopped.execution, inputs, "cancelled")
         raise
