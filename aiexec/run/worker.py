@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TOLD', 'FLAGS', 'START', 'READ_AT_IMPORT', 'EQUAL_ANYHOW', 'PRELOAD', 'standing', 'other_variable', 'shadow',
            'refusal', 'set_signals', 'stream', 'set_streams', 'set_surroundings', 'flushed', 'ended', 'live',
-           'become_command']
+           'tell_end', 'become_command']
 
 # %% ../../nbs/3_run/38b_worker.ipynb #a296ca3f
 import os
@@ -183,21 +183,34 @@ def live(command: Callable[[], Any]) -> int:  # exit code, or minus the signal t
     return code if all(whole) or code < 0 else 120
 
 # %% ../../nbs/3_run/38b_worker.ipynb #b1171f5b
+def tell_end(report: int | None, code: int) -> None:
+    "Close the streams, then tell the client how it ended."
+    if report is None or code < 0:  # a signal is seen by whoever waits for the process
+        return
+    for number in range(3):
+        os.close(number)
+    try:
+        os.write(report, b"%d\n" % code)
+    except OSError:  # the client has gone
+        return
+
+
 def become_command(
     order: dict[str, Any],  # argv, cwd, environment, umask, path, ignored, blocked, and the command as 'module:function'
-    descriptors: list[int],  # standard input, output and error of the client
+    descriptors: list[int],  # standard input, output and error of the client, and where it wants to read the exit code
 ) -> None:
     "Be the command until it ends; never returns."
     import signal
     from importlib import import_module
 
-    code = 1
+    code, report = 1, next(iter(descriptors[3:]), None)
     try:
         set_signals(order["ignored"], order["blocked"])
-        set_streams(descriptors)
+        set_streams(descriptors[:3])
         set_surroundings(order)
         module, _, name = order["command"].partition(":")
         code = live(getattr(import_module(module), name))
+        tell_end(report, code)
         if code < 0:
             signal.signal(-code, signal.SIG_DFL)
             os.kill(os.getpid(), -code)
