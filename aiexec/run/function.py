@@ -23,15 +23,17 @@ from contextlib import ExitStack
 from datetime import date, datetime, timezone
 from html import escape
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 from ..errors import ParameterError, RunFailed, SpecificationError, did_you_mean
 from ..files import writing
-from .kernels import KernelSource, WarmKernels, open_kernels
-from .notebook import Execution, execute
 from .result import Result, Results
 from .signature import Parameter, Signature, bind, kinds, read_cells, read_signature
 from ..settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from aiexec.run.kernels import WarmKernels
+    from aiexec.run.notebook import Execution
 
 # %% ../../nbs/3_run/35z_function.ipynb #d1955b3c
 REAL = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict, "date": date, "datetime": datetime,
@@ -111,8 +113,10 @@ def new_place(path: Path, output: Path | None, settings: Settings | None) -> Pat
 OPENED, OPENING = {}, threading.Lock()
 
 
-def kernels_for(settings: Settings | None) -> WarmKernels:
+def kernels_for(settings: Settings | None) -> "WarmKernels":
     "The kernels of this process for a project, or for none; closed when the process ends."
+    from aiexec.run.kernels import WarmKernels, open_kernels
+
     root = settings.root if settings else None
     with OPENING:
         if root not in OPENED:
@@ -150,7 +154,7 @@ def bound(declared: Signature, given: dict[str, Any], place: Path) -> tuple[dict
 ADDED = {"injected-parameters", "aiexec-mark"}
 
 
-def failure(path: Path, ending: Execution, executed: Path) -> RunFailed:
+def failure(path: Path, ending: "Execution", executed: Path) -> RunFailed:
     "How a call failed, and where to look."
     where = ""
     if ending.cell is not None:
@@ -186,8 +190,11 @@ class NotebookFunction:
         bound(declared, named, self.path.parent)  # a refused call leaves no folder behind
         return self.run(declared, named)
 
-    def run(self, declared: Signature, given: dict[str, Any]) -> Result:
+    def run(self, declared: Signature, given: dict[str, Any], cancel: threading.Event | None = None) -> Result:
         "Execute with arguments that were checked; raises `RunFailed`."
+        from aiexec.run.kernels import KernelSource
+        from aiexec.run.notebook import execute
+
         place = new_place(self.path, self.output, self.settings)
         values, frames = bound(declared, given, place)
         for path, frame in frames.items():
@@ -197,7 +204,7 @@ class NotebookFunction:
         timeout = self.timeout or (self.settings.timeout if self.settings else 1800.0)
         ending = execute(self.path, place / "notebook.ipynb", values, cwd=self.path.parent, kernels=kernels_for(self.settings),
                          timeout=timeout, environment=environment, collect_to=place / "outputs",
-                         outputs={one.name: one.annotation for one in declared.outputs})
+                         outputs={one.name: one.annotation for one in declared.outputs}, cancel=cancel)
         if ending.status != "done":
             raise failure(self.path, ending, place / "notebook.ipynb")
         return Result(place / "notebook.ipynb", ending.seconds, values, ending.outputs)
@@ -225,11 +232,11 @@ class NotebookFunction:
 # %% ../../nbs/3_run/35z_function.ipynb #f6117d11
 def in_parallel(function: NotebookFunction, declared: Signature, calls: list[dict[str, Any]], jobs: int) -> Results:
     "Run the calls, and raise `RunFailed` with all `results` once every call has ended, when one failed."
-    results, errors = Results([None] * len(calls)), {}
+    results, errors, cancel = Results([None] * len(calls)), {}, threading.Event()
 
     def call(index: int) -> None:
         try:
-            results[index] = function.run(declared, calls[index])
+            results[index] = function.run(declared, calls[index], cancel)
         except RunFailed as error:
             errors[index] = error
 
@@ -237,11 +244,13 @@ def in_parallel(function: NotebookFunction, declared: Signature, calls: list[dic
         try:
             list(pool.map(call, range(len(calls))))
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            cancel.set()
+            pool.shutdown(cancel_futures=True)
             raise
     if errors:
         first = errors[min(errors)]
-        one = RunFailed(f"{len(errors)} of {len(calls)} calls failed; the first with {calls[min(errors)]}: {first.problem}", first.remedy)
+        told = f"{len(errors)} of {len(calls)} calls failed; the first with {calls[min(errors)]}: {first.problem}"
+        one = RunFailed(told, first.remedy)
         one.results, one.errors = results, errors
         raise one
     return results

@@ -80,8 +80,10 @@ class Results(list):
         "All of them as a table."
         from pandas import DataFrame
 
-        return DataFrame([{**one.parameters, **{name: value for name, value in one.outputs.items() if not isinstance(value, Path)},
-                           "seconds": one.seconds} for one in self if one])
+        def plain(values: dict[str, Any]) -> dict[str, Any]:
+            return {name: value for name, value in values.items() if not isinstance(value, Path)}
+
+        return DataFrame([{**one.parameters, **plain(one.outputs), "seconds": one.seconds} for one in self if one])
 
     def _repr_html_(self) -> str:
         return self.frame()._repr_html_()

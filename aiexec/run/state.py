@@ -6,7 +6,7 @@
 __all__ = ['NOTEBOOK', 'SETTINGS', 'HIDDEN', 'bind_function', 'Unkept', 'Pickler', 'pandas_options', 'set_pandas_options',
            'set_filters', 'settings_now', 'set_again', 'surroundings_now', 'changed_since', 'changed_back', 'surround',
            'Guarded', 'culprit', 'reason', 'begin', 'shell', 'authors_names', 'keep', 'private', 'take_up', 'apply',
-           'answer']
+           'number', 'answer']
 
 # %% ../../nbs/3_run/39a_state.ipynb #a2ac61a0
 import builtins
@@ -29,7 +29,7 @@ from typing import Any, BinaryIO
 import cloudpickle
 
 from ..files import write_text, writing
-from .secrets import read_text
+from .secrets import READ, Scrubber
 
 # %% ../../nbs/3_run/39a_state.ipynb #5421e9ab
 NOTEBOOK: dict[str, Any] = {}  # the variables of the notebook in this kernel, under "variables"
@@ -88,7 +88,7 @@ def set_filters(warnings: ModuleType, kept: list) -> None:
     warnings.filters[:] = kept
 
 
-SETTINGS: dict[str, tuple[str, Callable[[Any], Any], Callable[[Any, Any], None]]] = {  # what → module, how to ask it, how to set it
+SETTINGS: dict[str, tuple[str, Callable, Callable]] = {  # what → module, how to ask it, how to set it
     "random": ("random", lambda module: module.getstate(), lambda module, kept: module.setstate(kept)),
     "numpy random": ("numpy", lambda module: module.random.get_state(), lambda module, kept: module.random.set_state(kept)),
     "numpy errors": ("numpy", lambda module: module.geterr(), lambda module, kept: module.seterr(**kept)),
@@ -98,7 +98,8 @@ SETTINGS: dict[str, tuple[str, Callable[[Any], Any], Callable[[Any, Any], None]]
     "scikit-learn": ("sklearn", lambda module: module.get_config(), lambda module, kept: module.set_config(**kept)),
     "matplotlib": ("matplotlib", lambda module: {name: value for name, value in module.rcParams.items() if "backend" not in name},
                    lambda module, kept: module.rcParams.update(kept)),
-    "plotly": ("plotly.io", lambda module: module.templates.default, lambda module, kept: setattr(module.templates, "default", kept)),
+    "plotly": ("plotly.io", lambda module: module.templates.default,
+               lambda module, kept: setattr(module.templates, "default", kept)),
     "warnings": ("warnings", lambda module: list(module.filters), set_filters),
 }
 
@@ -224,13 +225,12 @@ def keep(
     everything: bool,  # keep all that there are
     apart: dict[str, str | None],  # made anew in the next kernel: these names, unless the value is no more the one given as text
     limit: int,  # bytes
-    secrets: dict[str, str],  # reference by parameter
 ) -> dict[str, Any]:
     "Write the variables and the surroundings to a file, whole or not at all."
     there = authors_names(variables)
-    left = {name for name, text in apart.items() if name in there and text in (None, repr(variables[name]))} | set(secrets)
+    left = {name for name, text in apart.items() if name in there and text in (None, repr(variables[name]))}
     kept = {name: variables[name] for name in sorted((there if everything else there & set(names)) - left)}
-    texts = [read_text(one, dict(os.environ), Path(NOTEBOOK["start"]["folder"])).encode() for one in secrets.values()]
+    texts = Scrubber(READ.values()).raw
     try:
         with writing(Path(file)) as fresh, open(fresh, "wb", opener=private) as stream:
             guarded = Guarded(stream, limit, texts)
@@ -285,8 +285,14 @@ def apply(variables: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def number(variables: dict[str, Any], *, count: int) -> dict[str, Any]:
+    "Give the next cell the number in brackets that it had."
+    shell().execution_count = count
+    return {}
+
+
 def answer(call: str, request: str, report: str) -> None:
     "Do what the runner asks for: its arguments lie in a file, and the answer goes into one."
-    done = {"begin": begin, "keep": keep, "take_up": take_up, "apply": apply}[call]
+    done = {"begin": begin, "keep": keep, "take_up": take_up, "apply": apply, "number": number}[call]
     said = done(sys.modules["__main__"].__dict__, **json.loads(Path(request).read_text(encoding="utf-8")))
     write_text(Path(report), json.dumps(said))
