@@ -81,11 +81,14 @@ def ask(words: list[str]) -> int | None:  # exit code, or minus the signal; None
     what = order(words)
     if what is None:
         return None
+    ending, report = os.pipe()
     with warm.connect(5.0) as channel:
-        ending, report = os.pipe()
-        warm.send(channel, what, (0, 1, 2, report))
+        try:
+            warm.send(channel, what, (0, 1, 2, report))
+            begun, _ = warm.receive(channel)
+        except OSError as why:  # it leaves this very moment, or has no time for us
+            raise warm.NoServer(str(why)) from why
         os.close(report)
-        begun, _ = warm.receive(channel)
         if "pid" not in begun:
             return None
         pass_on(begun["pid"])
