@@ -62,9 +62,9 @@ def new_slot(usecase: str, slot: str, due: datetime, state: str = "planned", kin
     return row | more
 
 
-def slots(ledger: Ledger, **conditions) -> list[Slot]:  # oldest first
+def slots(ledger: Ledger, **conditions) -> list[Slot]:  # oldest first; what came at once, by its name
     "The slots that match."
-    return [Slot(**row) for row in ledger.rows(SLOTS, order="due", **conditions)]
+    return sorted((Slot(**row) for row in ledger.rows(SLOTS, **conditions)), key=lambda one: (one.due, one.about))
 
 # %% ../../nbs/3_run/37b_slots.ipynb #52cebe3a
 def in_force(ledger: Ledger, usecase: str, source: str, text: str, now: datetime) -> dict:  # a row of SCHEDULES
