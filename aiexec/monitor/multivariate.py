@@ -57,7 +57,7 @@ def told_apart(
     origin, scores = np.repeat([0, 1], [len(each) for each in samples]), np.zeros(len(table))
     with threadpool_limits(1):  # for so few rows, handing work to threads takes longer than the work
         for learn, ask in StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(table, origin):
-            model = HistGradientBoostingClassifier(max_iter=40, max_leaf_nodes=15, early_stopping=False, class_weight="balanced",
+            model = HistGradientBoostingClassifier(max_iter=40, max_leaf_nodes=15, early_stopping=False,
                                                    random_state=seed)
             scores[ask] = model.fit(table[learn], origin[learn]).predict_proba(table[ask])[:, 1]
         drop = dict(zip(map(str, reference), losses(model, table[ask], origin[ask], seed)))
