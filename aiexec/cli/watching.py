@@ -15,7 +15,7 @@ from .work import main
 @main.command()
 @click.argument("reference", type=click.Path())
 @click.argument("current", required=False, type=click.Path())
-@click.option("--time", metavar="COLUMN", default="", help="Column of moments by which CURRENT (or the one file) is cut into windows.")
+@click.option("--time", metavar="COLUMN", default="", help="Column of moments: cuts CURRENT, or the one file, into windows.")
 @click.option("--every", default="month", show_default=True, help="hour, day, week, month, quarter, year, or a number of rows.")
 @click.option("--ignore", multiple=True, metavar="COLUMN", help="Leave a column out (repeat for more).")
 @click.option("--watch", default=0.1, show_default=True, help="PSI from which a column is watched.")
@@ -26,15 +26,17 @@ from .work import main
 def drift(reference, current, time, every, ignore, watch, act, fail_on):
     """Say whether data still look as they did.
 
-    REFERENCE and CURRENT are files (CSV or Parquet). With --time one file is enough: its first quarter of windows is the reference."""
+    REFERENCE and CURRENT are files (CSV or Parquet). With --time one file is enough: the first quarter of its windows is
+    then the reference."""
     from aiexec.data.sources import read_frame
     from aiexec.errors import ParameterError
     from aiexec.monitor.windows import ORDER, summed, windows_of
 
     if not 0 < watch <= act:
-        raise ParameterError(f"--watch {watch:g} and --act {act:g} are no bands.", "Give 0 < watch ≤ act, such as 0.1 and 0.25.")
-    files = [left_out(read_frame(path, allow_empty=number == 1), ignore) if path else None for number, path in enumerate([reference, current])]
-    before, now = files if current else (None, files[0])
+        problem = f"--watch {watch:g} and --act {act:g} are no bands."
+        raise ParameterError(problem, "Give 0 < watch ≤ act, such as 0.1 and 0.25.")
+    first = left_out(read_frame(reference), ignore)
+    before, now = (first, left_out(read_frame(current, allow_empty=True), ignore)) if current else (None, first)
     found = []
     with Teller() as teller:
         for window in windows_of(before, now, time, every, watch, act):
@@ -44,7 +46,7 @@ def drift(reference, current, time, every, ignore, watch, act, fail_on):
     code = int(fail_on != "never" and ORDER.index(data["verdict"]) >= ORDER.index(fail_on))
     return Answer(data, drift_text(found, data["verdict"]), code=code)
 
-
+# %% ../../nbs/9_show/98f_watching.ipynb #fddd8864
 def left_out(frame, names: tuple):
     "A table without some columns; raises `DataError` for one that it does not have."
     from aiexec.errors import DataError, did_you_mean
