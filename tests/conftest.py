@@ -15,15 +15,26 @@ from pathlib import Path
 
 import pytest
 
+from aiexec.run import warm
 from aiexec.store import sa
 
 ROOT = Path(__file__).parents[1]
 AIEXEC = Path(sys.executable).with_name("aiexec")
+os.environ["AIEXEC_RUNTIME"] = tempfile.mkdtemp(prefix="aiexec-tests-")  # a warm server for these tests only
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_server_is_left():
+    """The warm server of the tests ends with them."""
+    yield
+    warm.stop(force=True)
+    shutil.rmtree(os.environ["AIEXEC_RUNTIME"], ignore_errors=True)
 
 
 def environment(**more: str) -> dict[str, str]:
     """This environment without the choices of a surrounding project."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("AIEXEC_")} | more
+    kept = {name: value for name, value in os.environ.items() if name == "AIEXEC_RUNTIME" or not name.startswith("AIEXEC_")}
+    return kept | more
 
 
 def aiexec(*words: object, cwd: Path, timeout: float = 900, **more: str) -> subprocess.CompletedProcess:
