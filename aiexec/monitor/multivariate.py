@@ -72,7 +72,7 @@ def told_apart(
             "p": float(1 - ndtr((auc - 0.5) / auc_error(0.5, *np.bincount(origin)))), "verdict": verdict, "why": why,
             "columns": {name: drop[name] for name in drivers}}
 
-
+# %% ../../nbs/6_monitor/61b_multivariate.ipynb #06ebb4c0
 def area(scores: np.ndarray, labels: np.ndarray) -> float:
     "The area under the receiver operating characteristic, by ranks."
     ones = int(labels.sum())

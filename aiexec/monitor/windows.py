@@ -72,7 +72,7 @@ def baseline(table: pd.DataFrame, calendar: tuple[str, ...] = ()) -> Baseline:  
     known = {name: table[name].dropna().astype(str).value_counts() for name in named}
     return Baseline(table, before, kinds | {name: "calendar" for name in calendar if name in table}, known)
 
-
+# %% ../../nbs/6_monitor/61c_windows.ipynb #e0885f95
 def named_once(table: pd.DataFrame) -> pd.DataFrame:
     "The table with names as text; raises `DataError` when two are the same."
     table = table.rename(columns=str)
@@ -199,7 +199,7 @@ def compare_tables(
     together = joint(base.table[shared], current[shared], (spread or {}).get(JOINTLY, 0.5))
     return Window(window, len(current), window_verdict(columns, together), columns, together)
 
-
+# %% ../../nbs/6_monitor/61c_windows.ipynb #1efecea8
 def column_verdicts(before: dict, after: dict, kinds: dict, found: dict, figures: dict, act: float) -> dict[str, dict]:
     "What is said of each column, once it is known which of all signs count."
     family = [sign for signs_of in found.values() for sign in signs_of]
@@ -262,7 +262,7 @@ def own_spread(
             farthest[JOINTLY] = max(farthest.get(JOINTLY, 0.5), told_apart(rest.table[shaped], chunk[shaped])["auc"])
     return farthest
 
-
+# %% ../../nbs/6_monitor/61c_windows.ipynb #334fa270
 def windows_of(
     reference: pd.DataFrame | None,  # None: the first quarter of the windows
     current: pd.DataFrame,
