@@ -10,8 +10,8 @@ __all__ = ['TOLD', 'FLAGS', 'START', 'READ_AT_IMPORT', 'EQUAL_ANYHOW', 'PRELOAD'
 # %% ../../nbs/3_run/38b_worker.ipynb #a296ca3f
 import os
 import sys
-from types import ModuleType
-from typing import Any, Callable, TextIO
+from collections.abc import Callable
+from io import TextIOWrapper
 
 # %% ../../nbs/3_run/38b_worker.ipynb #dac15c7d
 TOLD = ("Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs", "Seccomp", "Cpus_allowed",
@@ -19,7 +19,7 @@ TOLD = ("Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"
 FLAGS = ("debug", "optimize", "dont_write_bytecode", "bytes_warning", "dev_mode", "utf8_mode", "warn_default_encoding")
 
 
-def standing() -> dict[str, Any]:
+def standing() -> dict:
     "What a process is allowed and limited to, and how its interpreter was started."
     with open("/proc/self/status", errors="surrogateescape") as lines:
         status = dict(line.rstrip("\n").split(":\t", 1) for line in lines if ":\t" in line)
@@ -54,7 +54,7 @@ def shadow(path: list[str]) -> str:
     return next((name for name in names if name in sys.modules and name != "aiexec"), "")
 
 # %% ../../nbs/3_run/38b_worker.ipynb #2058c74c
-def refusal(order: dict[str, Any]) -> str:
+def refusal(order: dict) -> str:
     "Why a command cannot be a fork of this process, or the empty text."
     try:
         theirs, ours = order["standing"], standing()
@@ -86,18 +86,16 @@ def set_signals(
 
 # %% ../../nbs/3_run/38b_worker.ipynb #8deb2edf
 def stream(
-    like: TextIO,  # the server's own: encoding and treatment of errors follow from the same variables
+    like: TextIOWrapper,  # the server's own: encoding and treatment of errors follow from the same variables
     descriptor: int,
     mode: str,  # r or w
-) -> TextIO:
+) -> TextIOWrapper:
     "A standard stream, opened as the interpreter opens it."
-    import io
-
     binary = open(descriptor, f"{mode}b", buffering=0 if like.write_through and mode == "w" else -1, closefd=False)
     getattr(binary, "raw", binary).name = like.name
     lines = descriptor == 2 or binary.isatty()
-    text = io.TextIOWrapper(binary, like.encoding, like.errors, newline="\n", line_buffering=lines,
-                            write_through=like.write_through)
+    text = TextIOWrapper(binary, like.encoding, like.errors, newline="\n", line_buffering=lines,
+                         write_through=like.write_through)
     text.mode = mode
     return text
 
@@ -118,7 +116,7 @@ def set_streams(descriptors: list[int]) -> None:
                 handler.setStream(new)
 
 # %% ../../nbs/3_run/38b_worker.ipynb #71aaf09a
-def set_surroundings(order: dict[str, Any]) -> None:
+def set_surroundings(order: dict) -> None:
     "Take over the client's place in the world."
     import random
     import tempfile
@@ -132,14 +130,14 @@ def set_surroundings(order: dict[str, Any]) -> None:
     time.tzset()
     tempfile.tempdir = None
     sys.path[:], sys.argv[:], sys.orig_argv[:] = order["path"], order["argv"], [sys.executable, *order["argv"]]
-    main = sys.modules["__main__"] = ModuleType("__main__")
+    main = sys.modules["__main__"] = type(sys)("__main__")
     main.__file__ = order["argv"][0]
     random.seed()
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()
 
 # %% ../../nbs/3_run/38b_worker.ipynb #c5172b6b
-def flushed(text: TextIO | None) -> bool:
+def flushed(text: TextIOWrapper | None) -> bool:
     "Write what a standard stream still holds; tell a failure of the output in the interpreter's words."
     try:
         if text is not None and not text.closed:
@@ -164,7 +162,7 @@ def ended(leaving: BaseException | None) -> int:  # exit code, or minus the sign
     return -signal.SIGINT if isinstance(leaving, KeyboardInterrupt) else int(leaving is not None)
 
 # %% ../../nbs/3_run/38b_worker.ipynb #b28ba43a
-def live(command: Callable[[], Any]) -> int:  # exit code, or minus the signal that ends it
+def live(command: Callable) -> int:  # exit code, or minus the signal that ends it
     "Run a command to its end, threads and exit handlers included."
     import atexit
     import threading
@@ -196,7 +194,7 @@ def tell_end(report: int | None, code: int) -> None:
 
 
 def become_command(
-    order: dict[str, Any],  # argv, cwd, environment, umask, path, ignored, blocked, and the command as 'module:function'
+    order: dict,  # argv, cwd, environment, umask, path, ignored, blocked, and the command as 'module:function'
     descriptors: list[int],  # standard input, output and error of the client, and where it wants to read the exit code
 ) -> None:
     "Be the command until it ends; never returns."
