@@ -91,7 +91,8 @@ def calendar_parts(frame: pd.DataFrame, at: pd.Series) -> tuple[str, ...]:
 def structure(reference: Column | None, current: Column | None, extra: list[str]) -> Sign | None:
     "A column that is gone, or is of another kind."
     if reference is not None and current is None:
-        return Sign("structure", "act", 0.0, " ".join(["The column is gone.", *([did_you_mean(reference.name, extra)] if extra else [])]))
+        renamed = f" {did_you_mean(reference.name, extra)}" if extra else ""
+        return Sign("structure", "act", 0.0, f"The column is gone.{renamed}")
     if reference is not None and reference.values and current.values and reference.kind != current.kind:
         return Sign("structure", "act", 0.0, f"It was of kind {reference.kind} in the reference and is {current.kind} now.")
     return None
