@@ -54,7 +54,7 @@ def read_file(name: str, environment: Mapping[str, str], folder: Path) -> str | 
     try:
         return path.read_bytes().decode().removesuffix("\n").removesuffix("\r")
     except (OSError, UnicodeDecodeError) as why:
-        raise ParameterError(f"The secret file:{name} cannot be read as text: {type(why).__name__}.", f"Look at {path}.") from None
+        raise ParameterError(f"The secret file:{name} is no text: {type(why).__name__}.", f"Look at {path}.") from None
 
 # %% ../../nbs/3_run/31e_secrets.ipynb #6de7e9d7
 READ: dict[str, str] = {}  # in the kernel: text by reference
