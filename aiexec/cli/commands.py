@@ -14,7 +14,7 @@ from dataclasses import asdict
 import click
 
 from .output import Answer, Teller, table, verb
-from . import checking, proving, warming, watching  # noqa: F401 - their verbs register themselves
+from . import checking, proving, scheduling, warming, watching  # noqa: F401 - their verbs register themselves
 from .running import run_data, run_text
 from .work import chosen, main, opened, step_told
 from ..errors import ParameterError, SpecificationError, did_you_mean, require

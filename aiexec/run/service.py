@@ -25,8 +25,8 @@ from ..files import lock, write_text
 from .arrivals import Seen, plan_arrivals
 from .periods import kind_of
 from .schedule import clock, in_words, minute, next_times
-from .slots import (GRACE, Slot, adopt, end_failed, holder, let_go, open_slots, plan_times, slots, take,
-                              work_on)
+from .slots import (GRACE, Slot, adopt, end_failed, holder, let_go, open_slots, plan_last, plan_times,
+                              slots, take, work_on)
 from ..settings import Settings
 from ..store import Ledger
 
@@ -73,6 +73,7 @@ class Service:
     tell: Callable[[str], None]  # told a line about whatever happens
     jobs: int = 2  # use cases at work at the same time
     every: float = 10.0  # seconds between two looks
+    at: datetime | None = None  # a time to be tried; the clock's when there is none
     awake: datetime = field(default_factory=clock)  # since when it has been watching
     looked: datetime = field(default_factory=clock)
     working: dict[str, tuple[Slot, Retries, Work]] = field(default_factory=dict)  # by use case
@@ -89,7 +90,7 @@ class Service:
 
 def look(service: Service) -> None:
     "Plan what has come due, gather what has ended, start what waits."
-    now = clock()
+    now = service.at or clock()
     if not timedelta(0) <= now - service.looked < max(GRACE, timedelta(seconds=3 * service.every)):
         service.awake = now
     service.looked = now
@@ -104,9 +105,12 @@ def planned(service: Service, name: str, now: datetime) -> UseCase | None:  # No
         usecase = load_usecase(name, service.settings)
         if usecase.schedule is None or usecase.stage == "retired":
             return None
-        if usecase.schedule.cron:
+        if usecase.schedule.cron and service.at:
+            plan_last(service.ledger, usecase, service.at)
+        elif usecase.schedule.cron:
             plan_times(service.ledger, usecase, now, service.awake)
-        plan_arrivals(service.ledger, usecase, now, service.seen)
+        if not service.at:
+            plan_arrivals(service.ledger, usecase, now, service.seen)
     except (AiexecError, OSError) as why:
         service.fault(name, str(why))
         return None

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SLOTS', 'SCHEDULES', 'GRACE', 'VANISHED', 'Slot', 'new_slot', 'slots', 'in_force', 'verdicts', 'plan_times',
-           'unknown', 'turn_back', 'holder', 'change_slot', 'take', 'end', 'end_failed', 'let_go', 'adopt',
+           'unknown', 'turn_back', 'plan_last', 'holder', 'change_slot', 'take', 'end', 'end_failed', 'let_go', 'adopt',
            'open_slots', 'note_run', 'work_on']
 
 # %% ../../nbs/3_run/37b_slots.ipynb #728ec2c0
@@ -13,7 +13,7 @@ import secrets
 import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, timezone
 
 from ..define.usecase import Retries, UseCase
 from ..errors import LockedError
@@ -136,6 +136,14 @@ def turn_back(ledger: Ledger, usecase: str, now: datetime) -> None:
         overtaken = {row["slot"] for row in rows if row["error"].removeprefix("overtaken by ") in early} - set(early)
         change.update(SLOTS, {"state": "planned", "error": ""}, expect=None, usecase=usecase, slot=sorted(overtaken)[-1:])
         change.update(SCHEDULES, {"decided": minute(now)}, usecase=usecase, source="cron")
+
+# %% ../../nbs/3_run/37b_slots.ipynb #4e281686
+def plan_last(ledger: Ledger, usecase: UseCase, moment: datetime) -> None:
+    "Plan the last time of a schedule up to a moment, unless that slot is known."
+    times = times_between(usecase.schedule.cron, datetime(1970, 1, 1, tzinfo=timezone.utc), moment, 1)
+    row = verdicts(usecase, times, times[0], times[0])[0]
+    with ledger.change("slots.tried", usecase.name, {"slot": row["slot"]}, (SLOTS,)) as change:
+        change.put(SLOTS, *unknown(change, usecase.name, [row]))
 
 # %% ../../nbs/3_run/37b_slots.ipynb #aeb12855
 def holder(settings: Settings) -> dict[str, str | int]:
