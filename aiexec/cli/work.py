@@ -77,8 +77,9 @@ def step_told(teller: Teller, month: str = ""):
     where = f"{month}  " if month else ""
 
     def listen(event) -> None:
-        if event.status == "started":
-            teller.now(f"{where}{event.step} …")
+        if event.status in ("started", "cell", "waiting"):
+            note = f"waits for {event.waiting}" if event.waiting else f"cell {event.cell} of {event.cells}" if event.cell else "…"
+            teller.now(f"{where}{event.step} {note}")
         else:
             note = {"done": f"{event.seconds:.1f} s", "cached": "unchanged", "failed": "FAILED"}.get(event.status, event.status)
             teller.done(f"{where}{event.step:<10} {note}  {event.message if event.status == 'notice' else ''}".rstrip())

@@ -235,12 +235,22 @@ class MlflowRecorder:
         notebook: Path | None,  # the executed notebook, if it was written
         seconds: float,  # of the step
         inputs: dict[str, str],  # digest of each input by name
+        usage: dict[str, float] | None = None,  # cpu in seconds, memory and gpu in bytes
     ) -> None:
-        "Close the run of a step with what it gave."
+        "Close the run of a step with what it gave and what it took."
+        used = {f"usage.{name}": value for name, value in (usage or {}).items()}
         with quiet():
-            self.client.log_batch(tracked, metrics=measured({**outputs, "seconds": seconds}), tags=told(outputs))
+            self.client.log_batch(tracked, metrics=measured({**outputs, **used, "seconds": seconds}), tags=told(outputs))
             if inputs:
                 self.client.log_inputs(tracked, datasets=inputs_seen(inputs))
             if notebook and Path(notebook).is_file():
                 self.client.log_artifact(tracked, str(notebook))
             self.client.set_terminated(tracked, status)
+
+    def left_open(self, usecase: UseCase, run: str) -> list[str]:  # MLflow's run ids
+        "The runs of steps that nobody closed, since the runner was killed."
+        with quiet():
+            place = self.client.get_experiment_by_name(usecase.name)
+            asked = f"attributes.status = 'RUNNING' and tags.`aiexec.run` = '{run}'"
+            found = self.client.search_runs([place.experiment_id], asked) if place else []
+        return [one.info.run_id for one in found]

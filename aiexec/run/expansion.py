@@ -67,4 +67,5 @@ def matching(
         giving = next(iter(others.values())).step
         wanted = named(giving, {name: instance.values[name] for name in names})
         return [others[wanted]] if wanted in others else []
-    return [one for one in others.values() if all(instance.values.get(name, value) == value for name, value in one.values.items())]
+    known = instance.values
+    return [one for one in others.values() if all(known.get(name, value) == value for name, value in one.values.items())]

@@ -141,7 +141,8 @@ def graph(
         check_wires(node, nodes)
         check_foreach(node, nodes)
         check_when(node, nodes)
-    return Graph(usecase, nodes, sorted_steps({name: [*filter(node.before().__contains__, nodes)] for name, node in nodes.items()}))
+    place = {name: at for at, name in enumerate(nodes)}
+    return Graph(usecase, nodes, sorted_steps({name: sorted(node.before(), key=place.get) for name, node in nodes.items()}))
 
 # %% ../../nbs/3_run/34_pipeline.ipynb #3de626a0
 def check_wires(node: Node, nodes: dict[str, Node]) -> None:

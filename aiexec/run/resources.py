@@ -74,7 +74,8 @@ def gpus_here(settings: Settings) -> tuple[str, ...]:  # numbers
     if not shutil.which("nvidia-smi"):
         return ()
     try:
-        found = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, timeout=10)
+        asked = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+        found = subprocess.run(asked, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return ()
     return tuple(line.strip() for line in found.stdout.splitlines() if line.strip().isdecimal()) if found.returncode == 0 else ()
@@ -93,13 +94,10 @@ def check_requests(
     machine = machine_here(settings, any(step.gpu for step in steps.values()))
     for name, step in steps.items():
         asks = request_of(step)
-        for what, wanted, there in [
-            ("processors", f"{asks.cpu:g}", machine.cpu), ("memory", f"{asks.memory / 1e9:.3g} GB", machine.memory),
-            ("GPUs", f"{asks.gpu}", len(machine.gpus)),
-        ]:
-            if {"processors": asks.cpu, "memory": asks.memory, "GPUs": asks.gpu}[what] > there:
-                has = f"{there / 1e9:.3g} GB" if what == "memory" else f"{there:g}"
-                raise PipelineError(f"Step {name} asks for {wanted}{'' if what == 'memory' else ' ' + what}, and this machine has {has}.",
+        for wanted, there, what in [(asks.cpu, machine.cpu, "processors"), (asks.gpu, len(machine.gpus), "GPUs"),
+                                    (asks.memory / 1e9, machine.memory / 1e9, "GB of memory")]:
+            if wanted > there:
+                raise PipelineError(f"Step {name} asks for {wanted:.6g} {what}, and this machine has {there:.3g}.",
                                     "Ask for less in usecase.yaml, or run it where there is more.")
     return machine
 
@@ -128,8 +126,9 @@ class Pool:
     def lease(self, request: Request) -> Lease | None:  # None: not now
         "Give a step what it asks for, if that is free."
         cpu, memory = sum(one.request.cpu for one in self.held), sum(one.request.memory for one in self.held)
-        if (request.cpu and cpu + request.cpu > self.machine.cpu) or (request.memory and memory + request.memory > self.machine.memory):
-            return None
+        for asked, held, there in [(request.cpu, cpu, self.machine.cpu), (request.memory, memory, self.machine.memory)]:
+            if asked and held + asked > there:
+                return None
         lease = self.with_gpus(request)
         self.held += [lease] if lease else []
         return lease

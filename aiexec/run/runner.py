@@ -100,7 +100,8 @@ def planned(usecase: UseCase, row: dict, parts: Parts, stack: ExitStack) -> Work
     pipeline = graph(usecase)
     values = bind_steps(pipeline, row["steps"], row["parameters"])
     source = KernelSource(parts.settings, parts.kernels, stack)
-    work = Work(row["run"], pipeline, tuple(row["steps"]), values, parts.settings, parts.ledger, source, parts.progress, parts.recorder)
+    work = Work(row["run"], pipeline, tuple(row["steps"]), values, parts.settings, parts.ledger, source, parts.progress,
+                parts.recorder)
     check_sources(work)
     return work
 

@@ -66,7 +66,7 @@ class Plan:
         return bool(self.running) or not self.stopping and bool(any(self.ready.values()) or self.late or self.open)
 
 # %% ../../nbs/3_run/35e_scheduler.ipynb #927ac442
-def needs(work: Work, instance: Instance) -> Iterator[tuple[str, bool]]:  # step of this run, and whether all its instances are meant
+def needs(work: Work, instance: Instance) -> Iterator[tuple[str, bool]]:  # step of this run; whether all its instances are meant
     "The steps that must have given something before an instance can run."
     node, given = work.node(instance), work.values_of(instance)
     takes = {one.name: one.annotation for one in node.signature.parameters}
@@ -98,7 +98,8 @@ def decide(work: Work, instance: Instance) -> tuple[str, str]:
     values = work.values_of(instance)
     if set(condition.names) - set(values):
         values |= arguments(work, instance)[0]
-    values |= {f"{step}.{output}": giving(work, instance, step)[0]["outputs"][output]["value"] for step, output in condition.outputs}
+    for step, output in condition.outputs:
+        values[f"{step}.{output}"] = giving(work, instance, step)[0]["outputs"][output]["value"]
     return ("ready", "") if condition.holds(values) else ("skipped", f"It runs when {condition.text}: {condition.told(values)}.")
 
 # %% ../../nbs/3_run/35e_scheduler.ipynb #f5205f3b
@@ -225,8 +226,8 @@ def collect(plan: Plan, future: Future) -> None:
     except AiexecError as why:
         retries = plan.work.node(instance).step.retries
         plan.tries[instance.name] += 1
-        again = retries and isinstance(why, StepFailed) and why.failure not in FINAL and plan.tries[instance.name] <= retries.times
-        if not again or plan.stopping:
+        left = retries and plan.tries[instance.name] <= retries.times
+        if not left or plan.stopping or not isinstance(why, StepFailed) or why.failure in FINAL:
             plan.failures.append(why)
             return settle(plan, instance, "failed")
     seconds = pause(plan.tries[instance.name], retries.wait, retries.backoff)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['intact', 'done_before', 'left_unrecorded', 'record_step', 'part_of', 'new_row', 'skip', 'StepFailed', 'do_step',
-           'execute_step', 'tell_cell', 'close_step', 'used', 'tell_end', 'takes_usage', 'kept']
+           'execute_step', 'tell_cell', 'close_step', 'told_cell', 'used', 'tell_end', 'takes_usage', 'kept']
 
 # %% ../../nbs/3_run/35d_steps.ipynb #ff684d57
 import json
@@ -28,7 +28,7 @@ from .work import Work, tell_later, tell_recorder
 from ..store import now
 
 if TYPE_CHECKING:
-    from aiexec.run.notebook import Execution
+    from aiexec.run.notebook import CellRun, Execution
 
 # %% ../../nbs/3_run/35d_steps.ipynb #f13f6ca5
 def intact(home: Path, outputs: dict[str, dict]) -> bool:
@@ -88,10 +88,10 @@ def part_of(work: Work, row: dict) -> str:  # 2013-04:carrier-AA
 def new_row(work: Work, instance: Instance, status: str, **facts: Any) -> dict:
     "The first record of an attempt."
     work.attempts[instance.name] += 1
-    return {"run": work.run, "step": instance.name, "of": instance.step, "instance": instance.values, "usecase": work.usecase.name,
-            "attempt": work.attempts[instance.name], "partition": work.partition(instance), "status": status, "fingerprint": "",
-            "parts": {}, "started": now(), "seconds": 0.0, "error": "", "failure": "", "notebook": "", "digest": "", "outputs": {},
-            "tracked": "", "usage": {}, "cells": [], "fence": work.fence} | facts
+    empty = {word: "" for word in ("fingerprint", "error", "failure", "notebook", "digest", "tracked")}
+    return {"run": work.run, "step": instance.name, "of": instance.step, "instance": instance.values, "fence": work.fence,
+            "usecase": work.usecase.name, "attempt": work.attempts[instance.name], "partition": work.partition(instance),
+            "status": status, "started": now(), "seconds": 0.0, "parts": {}, "outputs": {}, "usage": {}, "cells": [], **empty, **facts}
 
 
 def skip(work: Work, instance: Instance, why: str) -> StepResult:
@@ -134,7 +134,7 @@ def do_step(work: Work, instance: Instance, lease: Lease | None = None) -> StepR
     return execute_step(work, instance, values, inputs, mark, lease)
 
 # %% ../../nbs/3_run/35d_steps.ipynb #e68bbadc
-def execute_step(work: Work, instance: Instance, values: dict, inputs: dict, mark: Fingerprint, lease: Lease | None) -> StepResult:
+def execute_step(work: Work, instance: Instance, values: dict, inputs: dict, mark: Fingerprint, lease: Lease | None):
     "Run a step's notebook and record how it ended."
     from aiexec.run.notebook import Cancelled, execute
 
@@ -147,7 +147,7 @@ def execute_step(work: Work, instance: Instance, values: dict, inputs: dict, mar
     tracked, added = tell_recorder(work, name, "start", work.usecase, work.run, name, node.notebook, values) or ("", {})
     row["tracked"] = tracked
     about = work.kernels.environment(run=work.run, step=name, usecase=work.usecase.name)
-    secret = {one.name for one in node.signature.parameters if "Secret" in kinds(one.annotation)} & set(filter(values.get, values))
+    secret = {one.name for one in node.signature.parameters if "Secret" in kinds(one.annotation) and values[one.name]}
     stamp = stamping(node.notebook, values, inputs, root=work.settings.root, key=work.ledger.key, mark=mark,
                      run=work.run, step=name, attempt=row["attempt"])
     try:
@@ -173,8 +173,8 @@ def close_step(work: Work, row: dict, ended: "Execution", inputs: dict[str, str]
     "Record how a step ended: its files, then `done.json`, then the ledger; raises `StepFailed` when it failed."
     home, name, notebook = work.settings.home, row["step"], work.settings.home / row["notebook"]
     row = {**row, "status": status, "seconds": ended.seconds, "digest": digest(notebook), "error": ended.error or "",
-           "failure": ended.failure or "", "usage": used(ended.usage), "outputs": {one: kept(home, value) for one, value in ended.outputs.items()},
-           "cells": [{"index": one.index, "status": one.status, "seconds": one.seconds, **used(one.usage)} for one in ended.cells]}
+           "failure": ended.failure or "", "usage": used(ended.usage), "cells": [told_cell(one) for one in ended.cells],
+           "outputs": {one: kept(home, value) for one, value in ended.outputs.items()}}
     if status == "done":
         write_text(notebook.with_name("done.json"), json.dumps(row, indent=1))
     record_step(work, row, f"step.{status}")
@@ -187,6 +187,11 @@ def close_step(work: Work, row: dict, ended: "Execution", inputs: dict[str, str]
     return result_of(home, row)
 
 
+def told_cell(cell: "CellRun") -> dict[str, Any]:
+    "How a cell went, as the ledger keeps it."
+    return {"index": cell.index, "status": cell.status, "seconds": cell.seconds, **used(cell.usage)}
+
+
 def used(usage: Any) -> dict[str, float]:  # cpu: seconds; memory, gpu: bytes
     "What was used, as far as it could be measured."
     return {name: value for name, value in asdict(usage).items() if value is not None} if usage else {}
@@ -197,8 +202,8 @@ def tell_end(work: Work, row: dict, inputs: dict[str, str]) -> None:
     if row["tracked"]:
         word = {"done": "FINISHED", "failed": "FAILED"}.get(row["status"], "KILLED")
         ended = result_of(work.settings.home, row)
-        more = {"usage": ended.usage} if ended.usage and takes_usage(work) else {}
-        tell_later(work, row["step"], "finish", row["tracked"], word, ended.outputs, ended.notebook, ended.seconds, inputs, **more)
+        facts = (row["tracked"], word, ended.outputs, ended.notebook, ended.seconds, inputs)
+        tell_later(work, row["step"], "finish", *facts, **({"usage": ended.usage} if ended.usage and takes_usage(work) else {}))
 
 
 def takes_usage(work: Work) -> bool:

@@ -66,7 +66,8 @@ def lists_of(work: Work, step: str) -> dict[str, list]:
         elif isinstance(values, list):
             found[name] = values
         else:
-            found[name] = [value for row in giving(work, Instance(step, step), values[0]) for value in row["outputs"][values[1]]["value"]]
+            rows = giving(work, Instance(step, step), values[0])
+            found[name] = [value for row in rows for value in row["outputs"][values[1]]["value"]]
             if found[name]:
                 check_values(step, name, found[name], takes[name])
     return found
