@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SOCKET_BYTES', 'FOLDER_BYTES', 'ANSWER_SECONDS', 'PROGRAM', 'NoServer', 'impossible', 'runtime_folder', 'newest',
-           'identity', 'socket_path', 'connect', 'peer', 'send', 'receive', 'ask', 'start', 'is_up', 'log_path',
-           'is_locked', 'locked', 'become_server', 'status', 'stop']
+           'loaded', 'identity', 'socket_path', 'connect', 'peer', 'send', 'receive', 'ask', 'start', 'is_up',
+           'answers', 'log_path', 'is_locked', 'locked', 'become_server', 'status', 'stop']
 
 # %% ../../nbs/3_run/31_warm.ipynb #054e908b
 import json
@@ -15,6 +15,7 @@ import stat
 import struct
 import sys
 import time
+from functools import cache
 
 # %% ../../nbs/3_run/31_warm.ipynb #7683dbdf
 class NoServer(ConnectionError):
@@ -65,6 +66,12 @@ def newest(
     return found
 
 
+@cache
+def loaded() -> int:
+    "When the newest module of this library was written, as this process found it."
+    return newest(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
 def identity() -> str:
     "What a server must have in common with those it serves."
     from _blake2 import blake2b  # hashlib would load OpenSSL
@@ -72,8 +79,7 @@ def identity() -> str:
     added = {os.path.abspath(place) for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place}
     places = sorted({place for place in sys.path if place.endswith(("site-packages", "dist-packages")) and place not in added})
     times = [(place, os.stat(place).st_mtime_ns) for place in places if os.path.isdir(place)]
-    own = newest(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    facts = [sys.prefix, os.path.realpath(sys.executable), sys.version, times, own]
+    facts = [sys.prefix, os.path.realpath(sys.executable), sys.version, times, loaded()]
     return blake2b(repr(facts).encode(), digest_size=6).hexdigest()
 
 
@@ -139,7 +145,7 @@ def ask(seconds: float = ANSWER_SECONDS, **order) -> dict:
         return receive(channel)[0]
 
 # %% ../../nbs/3_run/31_warm.ipynb #54f55a81
-PROGRAM = "import sys; sys.path[:] = [place for place in sys.path if place]; from aiexec.run.warm import become_server; become_server()"
+PROGRAM = "import sys; sys.path[:] = [place for place in sys.path if place]; from aiexec.run.warm import become_server; become_server(sys.argv[1])"
 
 
 def start(
@@ -149,22 +155,24 @@ def start(
     "Start the server unless it runs; raises `NoServer`."
     import subprocess
 
-    if is_up():
-        return
+    if why := impossible():
+        raise NoServer(why)
     path = socket_path()
+    if answers(path):
+        return
     if not is_locked(path):
         environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "JPY_PARENT_PID")}
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         try:
-            with open(log_path(), "ab") as log:
-                subprocess.run([sys.executable, "-c", PROGRAM], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/",
+            with open(log_path(path), "ab") as log:
+                subprocess.run([sys.executable, "-c", PROGRAM, path], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/",
                                env=environment, start_new_session=True, timeout=seconds)
         except (OSError, subprocess.TimeoutExpired) as why:
             raise NoServer(f"the warm server could not be started: {why}") from why
     until = time.monotonic() + seconds
-    while wait and not is_up():
-        if not is_locked(path) and not is_up():
-            raise NoServer(f"the warm server ended at its start; {log_path()} says why")
+    while wait and not answers(path):
+        if not is_locked(path) and not answers(path):
+            raise NoServer(f"the warm server ended at its start; {log_path(path)} says why")
         if time.monotonic() > until:
             raise NoServer(f"the warm server was not ready within {seconds:g} s")
         time.sleep(0.02)
@@ -174,13 +182,20 @@ def is_up() -> bool:
     "Whether the server answers the door; raises `NoServer` when there can be none."
     if why := impossible():
         raise NoServer(why)
+    return answers(socket_path())
+
+
+def answers(path: str) -> bool:
+    "Whether somebody listens at a socket."
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
-        return channel.connect_ex(socket_path()) == 0
+        return channel.connect_ex(path) == 0
 
 
-def log_path() -> str:
+def log_path(
+    path: str,  # of the socket
+) -> str:
     "Where the server writes what goes wrong."
-    return socket_path().removesuffix(".sock") + ".log"
+    return path.removesuffix(".sock") + ".log"
 
 
 def is_locked(path: str) -> bool:  # of the socket
@@ -208,16 +223,18 @@ def locked(path: str) -> int | None:  # a descriptor that holds the lock, or Non
         raise NoServer(f"the runtime folder cannot be written: {why}") from why
 
 # %% ../../nbs/3_run/31_warm.ipynb #6d3f20e7
-def become_server() -> None:
+def become_server(
+    path: str,  # of the socket
+) -> None:
     "In the new process: be the one server, in the background."
-    lock = locked(socket_path())
+    lock = locked(path)
     if lock is None:
         return
     if os.fork():
         os._exit(0)  # the child keeps the lock, and nobody has to wait for its end
     from importlib import import_module
 
-    import_module("aiexec.run.warmserver").serve(socket_path(), lock)
+    import_module("aiexec.run.warmserver").serve(path, lock)
 
 
 def status() -> dict | None:  # None: no server runs
