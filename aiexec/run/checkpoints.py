@@ -49,16 +49,13 @@ def has_checkpoints(cells: list[Cell]) -> bool:
     return any(cell.kind == "code" and TAG in cell.tags for cell in cells)
 
 # %% ../../nbs/3_run/32b_checkpoints.ipynb #22964f0c
-async def ask(channels: Any, call: str, **request: Any) -> dict[str, Any]:  # with "refused": why not
+async def ask(run: Callable, call: str, **request: Any) -> dict[str, Any]:  # with "refused": why not
     "Have the kernel do one of the calls of `aiexec.run.state`."
     with tempfile.TemporaryDirectory(prefix="aiexec-") as private:
         asked, report = Path(private, "request.json"), Path(private, "report.json")
         asked.write_text(json.dumps(request), encoding="utf-8")
         code = f"__import__('aiexec.run.state', fromlist=['answer']).answer({call!r}, {str(asked)!r}, {str(report)!r})"
-        number = channels.execute(code, silent=True, store_history=False)
-        while (reply := await channels.shell_channel.get_msg(timeout=None))["parent_header"].get("msg_id") != number:
-            continue
-        content = reply["content"]
+        content = await run(code)
         if content["status"] != "ok" or not report.exists():
             return {"refused": f"{content.get('ename', 'Error')}: {content.get('evalue', '')}"[:300]}
         return json.loads(report.read_text(encoding="utf-8"))
@@ -104,10 +101,11 @@ class Checkpoints:
     parts: Callable[[int], dict[str, str]]  # what the first so many cells depend on beside their code
     key: bytes  # for the seal
     parameters: dict[str, Any] = field(default_factory=dict)  # as given to the kernel
-    scrub: Callable[[Any], Any] = lambda shown: shown  # takes secrets out of outputs
     limit: int = 1 << 30  # bytes one may have
     notices: list[str] = field(default_factory=list, init=False)
     cells: list[Any] = field(default_factory=list, init=False)  # of the notebook under way
+    scrub: Callable[[Any], Any] | None = field(default=None, init=False)  # takes secrets out of outputs
+    run: Callable | None = field(default=None, init=False)  # silent code to the kernel's reply
     at: int = field(default=-1, init=False)  # index of the cell after which this kernel goes on
     held: bool = field(default=False, init=False)  # whether the kernel waits for the cells that always run
     counts: dict[int, int] = field(default_factory=dict, init=False)  # number in brackets by index, as they were
@@ -136,20 +134,20 @@ class Checkpoints:
         code = [[cell.source, sorted({TAG, ALWAYS} & set(cell.tags))] for cell in self.before(index)]
         return self.folder / f"{digest_of([code, self.parts(len(self.authors(index)))])}.json"
 
-    async def begin(self, channels: Any, cells: list[Any]) -> None:
+    async def begin(self, cells: list[Any], run: Callable, scrub: Callable[[Any], Any]) -> None:
         "In the fresh kernel, before the first cell: take up the newest valid checkpoint, if there is one."
-        self.cells = cells
+        self.cells, self.run, self.scrub = cells, run, scrub
         if self.tagged:
-            await ask(channels, "begin")
+            await ask(self.run, "begin")
         for index in reversed(self.tagged):
             try:
                 record = read_record(self.path(index), self.key)
-                if record and await self.taken_up(channels, index, record):
+                if record and await self.taken_up(index, record):
                     return self.restore(index, record)
             except (OSError, ValueError, KeyError, AiexecError) as why:
                 self.tell(index, f"is damaged and was not used: {why}")
 
-    async def taken_up(self, channels: Any, index: int, record: dict[str, Any]) -> bool:
+    async def taken_up(self, index: int, record: dict[str, Any]) -> bool:
         "Whether the kernel holds now what the checkpoint does."
         need, missing = self.after(index), set(record["there"]) - set(record["names"])
         missing &= missing if need.everything else need.names
@@ -157,7 +155,7 @@ class Checkpoints:
             self.tell(index, f"was not used: the cells below read {min(missing)} now, which it does not hold")
             return False
         first = [*filter(None, (prelude(cell) for cell in self.before(index) if ALWAYS not in cell.tags))]
-        said = await ask(channels, "take_up", file=str(self.folder / record["state"]), digest=record["digest"], first=first)
+        said = await ask(self.run, "take_up", file=str(self.folder / record["state"]), digest=record["digest"], first=first)
         if "refused" in said:
             self.tell(index, f"is damaged and was not used: {said['refused']}")
         return "refused" not in said
@@ -173,17 +171,17 @@ class Checkpoints:
                 cell.metadata["papermill"] = from_dict(kept["papermill"])
                 cell.metadata["aiexec"] = {"status": "restored", "made": record["made"]}
 
-    async def restored(self, channels: Any, index: int) -> bool:
+    async def restored(self, index: int) -> bool:
         "Whether a cell need not run; called for each code cell in turn."
         if self.held and index > self.at:
             self.held = False
-            await ask(channels, "apply")
+            await ask(self.run, "apply")
         done = self.cells[index].metadata.get("aiexec", {}).get("status") == "restored"
         if not done and index <= self.at and self.counts.get(index):
-            await ask(channels, "number", count=self.counts[index])
+            await ask(self.run, "number", count=self.counts[index])
         return done
 
-    async def ended(self, channels: Any, index: int) -> None:
+    async def ended(self, index: int) -> None:
         "After a cell that ran well: keep what is needed below, if it is tagged."
         if index not in self.tagged or index <= self.at:
             return
@@ -193,7 +191,7 @@ class Checkpoints:
         try:
             path, need = self.path(index), self.after(index)
             state = f"{path.stem}-{secrets.token_hex(4)}.state"
-            said = await ask(channels, "keep", file=str(self.folder / state), names=sorted(need.names), apart=apart,
+            said = await ask(self.run, "keep", file=str(self.folder / state), names=sorted(need.names), apart=apart,
                              everything=need.everything, limit=self.limit)
             if "refused" in said:
                 remedy = "Open it in a cell tagged always, or name what is to be kept: # checkpoint: a, b"

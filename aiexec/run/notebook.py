@@ -168,10 +168,11 @@ async def run_cells(job: Job, client: Cells) -> None:
     code = [index for index, cell in enumerate(job.nb.cells) if cell.cell_type == "code"]
     tell = job.on_cell or (lambda *_: None)
     if job.checkpoints:
-        job.restored = await job.checkpoints.restore(job.nb, client.silently)
-        for index in code[:job.restored]:
-            note_end(job.nb.cells[index], "restored", 0.0, None)
-    for number, index in enumerate(code[job.restored:], job.restored + 1):
+        await job.checkpoints.begin(job.nb.cells, client.silently, job.scrub.clean)
+    for number, index in enumerate(code, 1):
+        if job.checkpoints and await job.checkpoints.restored(index):
+            job.restored += 1
+            continue
         tell(number, len(code), "started")
         try:
             await run_cell(job, client, index)
@@ -179,7 +180,7 @@ async def run_cells(job: Job, client: Cells) -> None:
             tell(number, len(code), "failed")
             raise
         if job.checkpoints:
-            await job.checkpoints.save(job.nb, index, client.silently)
+            await job.checkpoints.ended(index)
         tell(number, len(code), "done")
     client.set_widgets_metadata()
 
@@ -320,7 +321,7 @@ def execute(
     collect_to: Path | None = None,  # folder for frames and figures
     secrets: dict[str, str] | None = None,  # reference (env:NAME, file:PATH) by parameter
     memory: int | None = None,  # bytes that the kernel and its children may hold
-    checkpoints: Any = None,  # `await restore(nb, run)`: how many code cells; `await save(nb, index, run)`; run: code to its reply
+    checkpoints: Any = None,  # takes up what an earlier attempt kept, and keeps what this one makes: see `Checkpoints`
     cancel: threading.Event | None = None,  # ends the execution, as Ctrl-C does, when it is set
     stamp: Callable[[Any, Execution], dict] | None = None,  # makes the proof that the executed notebook bears
     in_place: bool = False,  # whether the executed notebook may replace its source
@@ -352,7 +353,8 @@ def written(job: Job, ending: Execution, output: Path, stamp: Callable | None) -
     "Write the executed notebook and return its whole record."
     usage = job.meter.whole() if job.meter else None
     error = job.scrub.text(ending.error) if ending.error and job.scrub else ending.error
-    ending = mark(job.nb, replace(ending, usage=usage, error=error, restored=job.restored))
+    notice = " ".join([ending.notice, *getattr(job.checkpoints, "notices", [])]).strip()
+    ending = mark(job.nb, replace(ending, usage=usage, error=error, restored=job.restored, notice=notice))
     sign(job.nb, ending)
     if job.scrub:
         job.scrub.clean(job.nb)

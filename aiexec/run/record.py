@@ -132,10 +132,14 @@ def note_end(cell: nbformat.NotebookNode, status: str, seconds: float, usage: Us
 
 # %% ../../nbs/3_run/31d_record.ipynb #75ec1f24
 def mark(nb: nbformat.NotebookNode, ending: Execution) -> Execution:  # with its cells and the failed cell's index
-    "Say above the failed cell that it FAILED, and above the first of the rest that they were NOT RUN."
+    "Say above the cells in question that they were RESTORED, that one FAILED, and that the rest was NOT RUN."
     states = [(cell, cell.metadata.papermill.status) for cell in nb.cells if cell.cell_type == "code"]
     culprit = next((cell for cell, state in states if state in ("running", "failed")), None)
     idle = next((cell for cell, state in states if state == "pending"), None)
+    restored = [cell for cell, _ in states if cell.metadata.get("aiexec", {}).get("status") == "restored"]
+    if restored:
+        made = restored[0].metadata.aiexec.get("made", "an earlier attempt")
+        banner(nb, restored[0], f"**RESTORED** · {len(restored)} cells from here were not run; their results are of {made}")
     if culprit is not None:
         culprit.metadata.papermill.update(status="failed", exception=True)
     if ending.failure:
@@ -166,7 +170,7 @@ def cell_run(index: int, cell: nbformat.NotebookNode) -> CellRun:
 def sign(nb: nbformat.NotebookNode, ending: Execution) -> None:
     "Write the end into the notebook's metadata, papermill's keys and ours."
     nb.metadata.papermill.update(end_time=time_now(), duration=ending.seconds, exception=True if ending.failure else None)
-    words = ("status", "failure", "error", "cell", "seconds", "kernel", "restored")
+    words = ("status", "failure", "error", "cell", "seconds", "kernel", "restored", "notice")
     figures = asdict(ending.usage) if ending.usage else None
     nb.metadata["aiexec"] = {**{word: getattr(ending, word) for word in words}, "usage": figures}
 
