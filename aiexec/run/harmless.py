@@ -13,16 +13,17 @@ from html import escape
 from html.parser import HTMLParser
 
 # %% ../../nbs/3_run/31h_harmless.ipynb #2d20b3f3
-TAGS = set("""a abbr b blockquote br caption cite code col colgroup dd del details div dl dt em figcaption figure h1 h2 h3 h4 h5 h6 hr i img
-    input ins kbd label li mark ol p pre q s small span strong style sub summary sup table tbody td tfoot th thead tr u ul var""".split())
+TAGS = set("""a abbr b blockquote br caption cite code col colgroup dd del details div dl dt em figcaption figure h1 h2 h3 h4 h5
+    h6 hr i img input ins kbd label li mark ol p pre q s small span strong sub summary sup table tbody td tfoot th thead tr u ul
+    var""".split())
 EMPTY = {"br", "col", "hr", "img", "input"}
 SILENT = set("""script noscript iframe object embed svg math template title textarea select head applet frameset noframes
     noembed xmp plaintext audio video canvas""".split())
-ATTRIBUTES = set("""align alt border cellpadding cellspacing checked class colspan dir disabled for height id lang open rowspan scope
-    start style title type valign width""".split())
+ATTRIBUTES = set("""align alt border cellpadding cellspacing checked class colspan dir disabled for height id lang open rowspan
+    scope start style title valign width""".split())
 LINK = re.compile(r"(?:https?://|mailto:|#)", re.I)
 PICTURE = re.compile(r"data:image/(?:png|jpe?g|gif|webp|svg\+xml)[;,]", re.I)
-LOADS = re.compile(r"url\s*\(|@import|expression\s*\(|\\|<", re.I)
+LOADS = re.compile(r"url\s*\((?!\s*[\"']?data:image/)|image-set|@import|expression\s*\(|\\|<", re.I)
 
 
 def attributes(tag: str, given: list[tuple[str, str | None]]) -> Iterator[str]:
@@ -63,7 +64,7 @@ class Reader(HTMLParser):
         if tag in self.silent:
             del self.silent[self.silent.index(tag):]
         elif tag == "style" and self.style is not None:
-            rules, self.style = "".join(self.style), None
+            rules, self.style = re.sub(r"/\*.*?\*/", "", "".join(self.style), flags=re.S), None
             self.written += [f"<style>{rules}</style>"] if not LOADS.search(rules) else []
         elif tag in self.open and not self.silent:
             while True:
