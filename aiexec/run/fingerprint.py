@@ -114,10 +114,12 @@ def fingerprint(
     parameters: dict[str, Any],  # plain values; datasets go into inputs
     inputs: dict[str, str],  # digest by parameter
     root: Path,  # of the project
+    down_to: int | None = None,  # only the first so many cells
 ) -> Fingerprint:
     "Everything that the result of one execution depends on."
     notebook, root = Path(notebook).resolve(), Path(root).resolve()
-    cells = [cell for cell in read_cells(notebook) if cell.kind == "code" and "injected-parameters" not in cell.tags]
+    cells = [cell for cell in read_cells(notebook) if not {"injected-parameters", "aiexec-mark"} & set(cell.tags)][:down_to]
+    cells = [cell for cell in cells if cell.kind == "code"]
     trees = [parsed(cell) for cell in cells]
     modules = project_modules(trees, [notebook.parent, root])
     files = set(named_files(trees, parameters, notebook.parent, root))
