@@ -21,7 +21,7 @@ from .expansion import Instance, plainly
 from .fingerprint import Fingerprint, fingerprint
 from .records import RUNS, STEPS, StepResult, hold_fence, result_of
 from .resources import Lease
-from .signature import kinds
+from .signature import without_secrets
 from .stamp import stamping
 from .wiring import arguments
 from .work import Work, tell_later, tell_recorder
@@ -137,6 +137,7 @@ def do_step(work: Work, instance: Instance, lease: Lease | None = None) -> StepR
 def execute_step(work: Work, instance: Instance, values: dict, inputs: dict, mark: Fingerprint, lease: Lease | None):
     "Run a step's notebook and record how it ended."
     from aiexec.run.notebook import Cancelled, execute
+    from aiexec.run.resuming import checkpoints_for
 
     node, name, home = work.node(instance), instance.name, work.settings.home
     row = new_row(work, instance, "running", fingerprint=mark.key, parts=mark.parts)
@@ -147,16 +148,19 @@ def execute_step(work: Work, instance: Instance, values: dict, inputs: dict, mar
     tracked, added = tell_recorder(work, name, "start", work.usecase, work.run, name, node.notebook, values) or ("", {})
     row["tracked"] = tracked
     about = work.kernels.environment(run=work.run, step=name, usecase=work.usecase.name)
-    secret = {one.name for one in node.signature.parameters if "Secret" in kinds(one.annotation) and values[one.name]}
+    plain, secret = without_secrets(node.signature, values)
     stamp = stamping(node.notebook, values, inputs, root=work.settings.root, key=work.ledger.key, mark=mark,
                      run=work.run, step=name, attempt=row["attempt"])
+    checkpoints = checkpoints_for(node.notebook, values, inputs, work.settings.root,
+                                  home / "checkpoints" / work.usecase.name / name, work.ledger.key)
     try:
         ended = execute(
-            node.notebook, folder / "notebook.ipynb", {one: value for one, value in values.items() if one not in secret},
-            cwd=node.notebook.parent, kernels=work.open_kernels(), timeout=node.step.timeout or work.settings.timeout,
+            node.notebook, folder / "notebook.ipynb", plain, cwd=node.notebook.parent, kernels=work.open_kernels(),
+            timeout=node.step.timeout or work.settings.timeout,
             environment={**about, **added, **(lease.environment if lease else {})}, collect_to=folder / "outputs",
-            on_cell=partial(tell_cell, work, name), secrets={one: values[one] for one in secret} or None, memory=node.step.bytes,
-            cancel=work.cancel, stamp=stamp, outputs={one.name: one.annotation for one in node.signature.outputs})
+            on_cell=partial(tell_cell, work, name), secrets=secret, memory=node.step.bytes,
+            cancel=work.cancel, stamp=stamp, checkpoints=checkpoints,
+            outputs={one.name: one.annotation for one in node.signature.outputs})
     except Cancelled as stopped:
         close_step(work, row, stopped.execution, inputs, "cancelled")
         raise

@@ -18,6 +18,7 @@ from .expansion import Instance, instances, matching, named
 from .pipeline import arrives, check_values
 from .records import STEPS
 from .signature import fits, kinds
+from .values import accepted
 from .work import Work
 
 # %% ../../nbs/3_run/35b_wiring.ipynb #fc3094f1
@@ -64,7 +65,7 @@ def lists_of(work: Work, step: str) -> dict[str, list]:
         if name in work.values.get(step, {}):
             found[name] = [work.values[step][name]]
         elif isinstance(values, list):
-            found[name] = values
+            found[name] = [accepted(name, f" of step {step}", value, takes[name]) for value in values]
         else:
             rows = giving(work, Instance(step, step), values[0])
             found[name] = [value for row in rows for value in row["outputs"][values[1]]["value"]]
