@@ -124,7 +124,7 @@ def set_surroundings(order: dict) -> None:
 
     os.chdir(order["cwd"])
     os.umask(order["umask"])
-    by_imports = {name: value for name, value in os.environ.items() if name not in START}
+    by_imports = {name: value for name, value in os.environ.items() if name not in START and not name.startswith(READ_AT_IMPORT)}
     os.environ.clear()
     os.environ.update(by_imports | order["environment"])
     time.tzset()
