@@ -20,6 +20,7 @@ import tempfile
 import time
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Iterator
 
@@ -173,8 +174,9 @@ def settle(order: dict[str, Any]) -> None:
     "Make this fork look like a process of its own, started by the one that asks."
     cwd, environment, peer = order["cwd"], order["environment"], order["peer"]
     os.chdir(cwd)
+    own = dict(os.environ)
     os.environ.clear()
-    os.environ.update(environment)
+    os.environ.update({name: value for name, value in own.items() if name.startswith("PYDEVD_")} | environment)
     time.tzset()
     sys.path[:] = list(dict.fromkeys([*added(environment, cwd), *PATH]))
     sys.dont_write_bytecode = bool(environment.get("PYTHONDONTWRITEBYTECODE"))
@@ -264,14 +266,17 @@ def adopt(
     folder: str,  # of the spare's own sockets
 ) -> None:
     "Take the key and the names that the client has for this kernel."
-    app.connection_file = order["arguments"][1]
+    app.argv, app.connection_file = order["arguments"], order["arguments"][1]
     told = connection(app.connection_file)
     app.session.key = told["key"].encode()
+    app.config.IPKernelApp.connection_file = app.connection_file
+    app.kernel.shell.init_environment()
     app.ip = told["ip"]
     for name in PORTS:
         setattr(app, name, told[name])
     app._ports = {name.removesuffix("_port"): told[name] for name in PORTS}
     app.kernel.record_ports({name: told[name] for name in PORTS})
+    app.kernel.shell.history_manager.dir_hist[:] = [Path.cwd()]
     if MEMORY_HISTORY not in order["arguments"]:
         remember(app.kernel.shell)
     for name, own in PORTS.items():
@@ -287,13 +292,12 @@ def remember(shell: Any) -> None:
     shell.history_manager.close()
     shell.config.HistoryManager.pop("hist_file")
     shell.init_history()
+    shell.init_user_ns()
 
 
 def plot() -> None:
     "Have matplotlib, if it was imported ahead, draw where a notebook's variables say."
-    if "matplotlib.pyplot" not in sys.modules:
-        return
-    backend = os.environ["MPLBACKEND"]  # ipykernel sets it if it is not set
-    sys.modules["matplotlib"].rcParams["backend"] = backend
-    if backend == "module://matplotlib_inline.backend_inline":
-        sys.modules["matplotlib_inline.backend_inline"]._enable_matplotlib_integration()
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib"].rcParams["backend"] = os.environ["MPLBACKEND"]  # ipykernel sets it if it is not set
+        # it ties itself to the shell when it is imported, which is at the first figure
+        sys.modules.pop("matplotlib_inline.backend_inline", None)
