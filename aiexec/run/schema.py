@@ -41,7 +41,7 @@ def schema_of_one(kind: Kind) -> dict:
     "The schema of one alternative."
     if kind.name == "Literal":
         return {"enum": list(kind.allowed)}
-    schema: dict[str, Any] = {"type": NAMED.get(kind.name, "string")}
+    schema: dict[str, Any] = {"type": NAMED.get(kind.name, "string")} if kind.name != "Any" else {}
     if kind.name in FORMS:
         schema["pattern"] = f"^({FORMS[kind.name]})$"
     schema |= {"date": {"format": "date"}, "timedelta": {"format": "duration"}, "Secret": {"writeOnly": True}}.get(kind.name, {})

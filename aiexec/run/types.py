@@ -73,6 +73,7 @@ TYPES = {
     "Path": lambda value: is_text(value) and value != "" and "\0" not in value,
     "Dataset": lambda value: is_text(value) and value != "",
     "str": is_text,
+    "Any": lambda value: True,  # whatever travels
 }
 
 # %% ../../nbs/3_run/30_types.ipynb #cbd7b584

@@ -54,6 +54,8 @@ def fitted_one(value: Any, kind: Kind) -> Any:
         return next((one for one in kind.allowed if type(one) is type(value) and one == value), MISFIT)
     if kind.name == "float" and type(value) is int and abs(value) < 2**1000 and float(value) == value:
         return float(value)
+    if kind.name == "Any":
+        return fitted(value, ANYTHING)
     if not TYPES[kind.name](value):
         return MISFIT
     if kind.name == "list":
@@ -203,6 +205,9 @@ def meant_as(text: str, kind: Kind) -> Any:
             return [meant(item, kind.parts[0] if kind.parts else ANYTHING) for item in items]
         case "list" | "dict":
             return plain_data(bare)
+        case "Any":
+            listed = [one for one in ANYTHING if one.name != "list" or bare.startswith("[")]
+            return meant(text, tuple(listed))
         case "str" | "Path" | "Dataset":
             return text
     return bare
