@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NOTE', 'RESULTS', 'FILED', 'HIDDEN', 'Parameter', 'Output', 'Signature', 'Finding', 'refusal', 'tagged',
            'declarations', 'above', 'is_remark', 'named_types', 'tree_or_none', 'Page', 'parts_of', 'read_parameter',
-           'kind_of', 'wants_objects', 'read_signature', 'bind', 'parse', 'arriving', 'without_secrets', 'untagged',
-           'is_declaration', 'assigned', 'check_notebook', 'syntax_error', 'declared_on']
+           'kind_of', 'wants_objects', 'read_signature', 'bind', 'parse', 'arriving', 'objects_for', 'without_secrets',
+           'untagged', 'is_declaration', 'assigned', 'check_notebook', 'syntax_error', 'declared_on']
 
 # %% ../../nbs/3_run/30c_signature.ipynb #df09c787
 import ast
@@ -268,6 +268,14 @@ def arriving(
     "What is written into a notebook instead of the plain values."
     wanting = {one.name: one.annotation for one in signature.parameters if one.objects}
     return {name: injected(value, wanting[name], True) for name, value in values.items() if name in wanting}
+
+
+def objects_for(path: Path, values: dict[str, Any]) -> dict[str, str]:
+    "The same for a notebook; nothing for one whose signature cannot be read."
+    try:
+        return arriving(read_signature(path), values)
+    except NotebookError:
+        return {}
 
 
 def without_secrets(
