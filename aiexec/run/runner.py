@@ -162,9 +162,9 @@ def carry_out(usecase: UseCase, row: dict, parts: Parts, jobs: int, keep_going: 
             if plan.failures:
                 raise failure_of(plan)
         except BaseException as why:
-            if (told := ended(work, why)) is not why:
-                raise told from why
-            raise
+            told = ended(work, why)
+            told.run = work.run  # whoever catches it can look at the record
+            raise told from (why if told is not why else why.__cause__)
         end_run(work.ledger, work.run, "done", fence=work.fence)
     return Run(work.run, usecase.name, row["partition"], "done", work.results)
 
