@@ -23,12 +23,12 @@ from contextlib import ExitStack
 from datetime import date, datetime, timezone
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ParameterError, RunFailed, SpecificationError, did_you_mean
 from ..files import writing
 from .result import Result, Results
-from .signature import Parameter, Signature, bind, kinds, read_cells, read_signature
+from .signature import Parameter, Signature, bind, kinds, read_cells, read_signature, without_secrets
 from ..settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ def real_type(
         case ast.Constant(value=None):
             return None
         case ast.BinOp(left=left, right=right):
-            return Union[real_type(left), real_type(right)]
+            left, right = real_type(left), real_type(right)
+            return Text(ast.unparse(node)) if isinstance(left, Text) or isinstance(right, Text) else left | right
         case ast.Subscript(value=ast.Name(id="Literal")):
             return Literal[ast.literal_eval(node.slice)]
         case ast.Subscript(value=ast.Name(id="list" | "dict" as name)):
@@ -194,17 +195,20 @@ class NotebookFunction:
         "Execute with arguments that were checked; raises `RunFailed`."
         from aiexec.run.kernels import KernelSource
         from aiexec.run.notebook import execute
+        from aiexec.run.resuming import checkpoints_alone
 
         place = new_place(self.path, self.output, self.settings)
         values, frames = bound(declared, given, place)
         for path, frame in frames.items():
             with writing(path) as fresh:
                 frame.to_parquet(fresh)
-        environment = KernelSource(self.settings, None, ExitStack()).environment() if self.settings else {}
-        timeout = self.timeout or (self.settings.timeout if self.settings else 1800.0)
-        ending = execute(self.path, place / "notebook.ipynb", values, cwd=self.path.parent, kernels=kernels_for(self.settings),
-                         timeout=timeout, environment=environment, collect_to=place / "outputs",
-                         outputs={one.name: one.annotation for one in declared.outputs}, cancel=cancel)
+        plain, secret = without_secrets(declared, values)
+        ending = execute(
+            self.path, place / "notebook.ipynb", plain, secrets=secret, cwd=self.path.parent, kernels=kernels_for(self.settings),
+            timeout=self.timeout or (self.settings.timeout if self.settings else 1800.0), collect_to=place / "outputs", cancel=cancel,
+            environment=KernelSource(self.settings, None, ExitStack()).environment() if self.settings else {},
+            checkpoints=checkpoints_alone(self.path, plain, self.settings and self.settings.root),
+            outputs={one.name: one.annotation for one in declared.outputs})
         if ending.status != "done":
             raise failure(self.path, ending, place / "notebook.ipynb")
         return Result(place / "notebook.ipynb", ending.seconds, values, ending.outputs)
