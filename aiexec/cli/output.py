@@ -107,9 +107,9 @@ def verb(function: Callable[..., Answer]) -> Callable:
             if debug:
                 raise
             refuse(error, as_json)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stopped:
             click.echo("\nInterrupted. What was done is kept; go on with: aiexec resume", err=True)
-            sys.exit(130)
+            sys.exit(getattr(stopped, "code", 130))
         except OSError as error:
             if debug:
                 raise

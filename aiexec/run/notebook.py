@@ -78,7 +78,8 @@ def read_notebook(path: Path) -> nbformat.NotebookNode:
     except FileNotFoundError:
         raise NotebookError(f"There is no notebook {path}.", "Check the path.") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as why:
-        raise NotebookError(f"{path} is not a notebook: {one_line(type(why).__name__, str(why))}.", "Open it in JupyterLab.") from None
+        told = one_line(type(why).__name__, str(why))
+        raise NotebookError(f"{path} is not a notebook: {told}.", "Open it in JupyterLab.") from None
     started = {"default_parameters": {}, "parameters": {}, "environment_variables": {}, "version": papermill_version}
     nb.metadata.setdefault("papermill", nbformat.from_dict(started))
     return nb
@@ -291,8 +292,8 @@ def sole_writer(notebook: Path, output: Path) -> Iterator[None]:
     holder = place.with_suffix(".holder")
     try:
         with FileLock(place, timeout=0):
-            about = {"doing": f"The execution of {notebook.name} to {output.name}", "pid": os.getpid(), "host": socket.gethostname(),
-                     "since": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())}
+            about = {"doing": f"The execution of {notebook.name} to {output.name}", "pid": os.getpid(),
+                     "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())}
             holder.write_text(json.dumps(about), encoding="utf-8")
             try:
                 yield
