@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LINUX', 'PAGE', 'TICKS', 'HEAD_ROOM', 'Usage', 'Process', 'look_at', 'children_of', 'family', 'end_family', 'nvidia',
            'graphics_memory', 'highest', 'forget_highest', 'clock', 'Meter', 'proportional', 'refuse_beyond',
-           'memory_kills', 'kills_noted']
+           'memory_kills', 'kill_counts', 'kills_noted']
 
 # %% ../../nbs/3_run/31b_usage.ipynb #c44f3431
 import os
@@ -222,6 +222,12 @@ def refuse_beyond(pid: int, memory: int) -> None:  # memory: bytes
 # %% ../../nbs/3_run/31b_usage.ipynb #1965c5bc
 def memory_kills(pid: int) -> tuple[str, ...]:  # a process in the group; compare before and after
     "The counts of processes that the system has killed for want of memory."
+    return tuple(filter(None, map(kills_noted, kill_counts(pid))))
+
+
+@cache
+def kill_counts(pid: int) -> list[str]:
+    "The files that count them, found while the process lives: afterwards nobody knows its group."
     places = ["/proc/vmstat"]
     try:
         with open(f"/proc/{pid}/cgroup", encoding="utf-8") as stream:
@@ -230,7 +236,7 @@ def memory_kills(pid: int) -> tuple[str, ...]:  # a process in the group; compar
                 places += [f"/sys/fs/cgroup/memory{place}/memory.oom_control"] if kind == "memory" else []
     except (OSError, ValueError):
         places = places[:1]
-    return tuple(filter(None, map(kills_noted, places)))
+    return places
 
 
 def kills_noted(place: str) -> str:
