@@ -39,5 +39,6 @@ setup(
     package_data={"aiexec.templates": ["**/*", "**/.gitignore"]},
     install_requires=facts["requirements"].split(),
     extras_require=extras,
-    entry_points={group: facts[group].split() for group in facts if group == "console_scripts" or group.startswith("aiexec.")},
+    data_files=[("share/jupyter/kernels/aiexec", ["share/jupyter/kernels/aiexec/kernel.json"])],
+    entry_points={group: facts[group].split() for group in facts if group == "console_scripts" or "." in group},
 )

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if re.match(r"\d\d[a-z]?_", path.name))
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
 FOREIGN = {
-    "papermill": {"run.notebook"},
-    "jupyter_client": {"run.kernels"},
+    "papermill": {"run.notebook", "run.engine"},
+    "jupyter_client": {"run.kernels", "run.provisioner"},
     "sqlalchemy": {"store"},
     "mlflow": {"model.tracking", "model.registry", "serve.scorer"},
     "cronsim": {"run.schedule", "define.usecase"},

@@ -323,7 +323,7 @@ def new_manager(
     folder: str,  # private (0700); connection file and sockets live there
 ) -> AsyncKernelManager:
     "A manager for one kernel of this interpreter."
-    spec = KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+    spec = KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", warm.MEMORY_HISTORY],
                       display_name="Python 3", language="python")
     manager = AsyncKernelManager(kernel_id=str(uuid.uuid4()), transport="ipc", ip=f"{folder}/s",
                                  connection_file=f"{folder}/connection.json")

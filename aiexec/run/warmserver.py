@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'ORDER_SECONDS', 'ORDER_BYTES', 'LOOK_SECONDS', 'chosen', 'preload', 'Visitor', 'Lease', 'answer', 'Server',
-           'listen', 'serve', 'clean']
+           'listen', 'serve', 'offer_kernels', 'clean']
 
 # %% ../../nbs/3_run/38d_warmserver.ipynb #abfc523c
 import gc
@@ -393,6 +393,7 @@ def serve(
     if stat.S_ISREG(os.fstat(2).st_mode):  # the log
         os.ftruncate(2, 0)
     clean(os.path.dirname(path))
+    offer_kernels()
     preloaded = preload(chosen(os.environ.get("AIEXEC_PRELOAD", "")))
     forked.loaded(), forked.files()
     rehearse()
@@ -405,6 +406,14 @@ def serve(
     else:
         return
     leave(become)
+
+
+def offer_kernels() -> None:
+    "See to it that Jupyter knows these kernels; an environment that cannot be written to goes without."
+    try:
+        import_module("aiexec.run.provisioner").install()
+    except OSError as why:
+        print(f"no kernelspec: {why}", file=sys.stderr, flush=True)
 
 
 def clean(runtime: str) -> None:
