@@ -92,8 +92,7 @@ def failed_case(name: str, seconds: float, file: str, error: str, executed: Path
 def case_of(home: Path, name: str, row: dict | None) -> Case:  # row of STEPS; None: it was never begun
     "A step of a run as a case."
     if row is None or row["status"] in ("skipped", "cancelled"):
-        return Case(name, skipped={"skipped": "its condition did not hold", "cancelled": "cancelled"}.get(row["status"], "")
-                    if row else "not reached")
+        return Case(name, skipped=row["error"] or row["status"] if row else "not reached")
     if row["status"] == "cached":
         return Case(name, file=row["notebook"], note="Unchanged: taken from an earlier run.")
     if row["status"] == "done":
@@ -113,7 +112,8 @@ def suite_of(
         raise ParameterError(f"There is no run '{run}'.", did_you_mean(run, latest))
     about = found[0]
     last = {row["step"]: row for row in ledger.rows(STEPS, order="attempt", run=run)}
-    names = list(dict.fromkeys([*about["steps"], *last]))
+    went_through = {row["of"] for row in last.values()} - set(last)  # a step that became its instances
+    names = [name for name in dict.fromkeys([*about["steps"], *last]) if name not in went_through]
     cases = tuple(case_of(ledger.settings.home, name, last.get(name)) for name in names)
     return Suite(f"{about['usecase']} {about['partition']}".strip(), cases, about["started"], run)
 

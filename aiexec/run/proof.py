@@ -192,7 +192,8 @@ def verify_run(
     finished = ledger.rows(STEPS, order="started", run=run, status=["done", "cached"])
     findings = [Finding(row["step"], row["attempt"], problem) for row in finished
                 for problem in file_problems(ledger.settings.home, row) + record_problems(ledger, row) + notebook_problems(ledger, row)]
-    missing = set(found[0]["steps"]) - {row["step"] for row in finished} if found[0]["status"] == "done" else set()
+    ended = [*finished, *ledger.rows(STEPS, run=run, status="skipped")]
+    missing = set(found[0]["steps"]) - {row["of"] or row["step"] for row in ended} if found[0]["status"] == "done" else set()
     return findings + [Finding(step, 0, "The run is called done, but this step is not.") for step in sorted(missing)]
 
 # %% ../../nbs/3_run/36_proof.ipynb #df02a21d

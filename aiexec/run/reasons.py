@@ -110,6 +110,9 @@ def why_instance(work: Work, instance: Instance, found: dict[str, Reason]) -> Re
     "The same for one instance."
     name, before = instance.name, work.graph.feeding(instance.step)
     anew = sorted({one.split("[")[0] for one, reason in found.items() if reason.what == "would run"} & before)
+    skipped = sorted({one for one, reason in found.items() if reason.what == "would be skipped"} & before)
+    if skipped:
+        return Reason(name, "would be skipped", (f"It needs {skipped[0]}, which would be skipped.",))
     try:
         state, why = decide(work, instance)
         if state == "skipped":
