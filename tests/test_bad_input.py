@@ -170,6 +170,14 @@ def one_sentence(done: subprocess.CompletedProcess, said: list[str]) -> None:
         assert words in line, line
 
 
+def findings(done: subprocess.CompletedProcess, said: list[str]) -> None:
+    """Exit code 1, and on the output all this among the findings, and no trace of how the program is made."""
+    assert done.returncode == 1 and not done.stderr, f"{done.returncode}\n{done.stdout}{done.stderr}"
+    assert not re.search(r"Traceback|Unexpected|secret", done.stdout), done.stdout
+    for words in said:
+        assert words in done.stdout, done.stdout
+
+
 @pytest.mark.parametrize("words", [INGEST_MAY, ["score", "--month", "2013-04"], ["deliver"], ["run", f"{FOLDER}/prepare.ipynb"]],
                          ids=["run", "score", "deliver", "notebook"])
 def test_a_project_that_cannot_be_written(month, tmp_path, words):
@@ -222,7 +230,7 @@ def met(request, month, tmp_path_factory) -> dict[str, Future]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_one_sentence_and_nothing_changed(met, case):
     done, before, after = met[case.name].result()
-    one_sentence(done, case.said)
+    (findings if case.words == CHECK else one_sentence)(done, case.said)
     assert after == before
 
 
