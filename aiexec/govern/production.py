@@ -25,7 +25,7 @@ from ..run.backfill import run_or_resume
 from ..run.kernels import WarmKernels, open_kernels
 from ..run.periods import kind_of
 from ..run.runner import RUNS
-from ..run.signature import Parameter, read_signature
+from ..run.signature import Parameter, Signature, parse, read_signature
 from ..settings import Settings
 from ..store import Ledger
 
@@ -52,7 +52,9 @@ def on_record(
 ) -> dict[str, Any]:  # values by parameter
     "What the record gives to the parameters of some steps."
     takes = declared(usecase, steps)
-    found: dict[str, Any] = {usecase.partition: month} if month and usecase.partition in takes else {}
+    found = {}
+    if month and usecase.partition in takes:  # as the notebook wants it: a year may be a number
+        found = parse(Signature("", (takes[usecase.partition][0],), ()), {usecase.partition: month})
     if "version" in takes and usecase.model:
         found["version"] = champion(usecase.model.name, ledger) or 0
     if "known" in takes and month:

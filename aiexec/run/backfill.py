@@ -16,7 +16,8 @@ from ..errors import AiexecError, LedgerError, LockedError, ParameterError
 from ..files import digest_of
 from .periods import kind_of, periods
 from .pipeline import graph, steps_for
-from .runner import RUNS, Run, resume_run, run_pipeline
+from .records import RUNS, Run
+from .runner import resume_run, run_pipeline
 from ..store import Ledger
 
 # %% ../../nbs/3_run/37a_backfill.ipynb #f7768839
@@ -87,7 +88,7 @@ def fill(usecase: UseCase, part: str, values: Callable[[str], dict[str, Any]], *
     except AiexecError as why:
         rows = how["ledger"].rows(RUNS, order="-started", usecase=usecase.name, partition=part)
         return Filled(part, "failed", 0.0, rows[0]["run"] if rows else "", str(why))
-    state = "unchanged" if all(step.status == "cached" for step in done.steps.values()) else "done"
+    state = "unchanged" if all(step.status in ("cached", "skipped") for step in done.steps.values()) else "done"
     return Filled(part, state, sum(step.seconds for step in done.steps.values() if step.status == "done"), done.run)
 
 

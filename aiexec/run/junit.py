@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Iterable
 
 from ..errors import ParameterError, did_you_mean
 from ..files import writing
-from .runner import RUNS, STEPS
+from .records import RUNS, STEPS
 from ..store import Ledger
 
 if TYPE_CHECKING:
@@ -86,19 +86,21 @@ def failed_case(name: str, seconds: float, file: str, error: str, executed: Path
     failure, number, detail = said_by(executed)
     where = f" (cell {number})" if number else ""
     first = (error.strip().splitlines() or ["it failed"])[0]
-    return Case(name, seconds, file, failure or known or "failed", first + where, f"{error}{where}\n{detail}".strip())
+    return Case(name, seconds, file, known or failure or "failed", first + where, f"{error}{where}\n{detail}".strip())
 
 # %% ../../nbs/3_run/36b_junit.ipynb #060c2737
 def case_of(home: Path, name: str, row: dict | None) -> Case:  # row of STEPS; None: it was never begun
-    "A step of a run as a case."
-    if row is None or row["status"] in ("skipped", "cancelled"):
-        return Case(name, skipped=row["error"] or row["status"] if row else "not reached")
+    "A step of a run, or one instance of it, as a case."
+    if row is None:
+        return Case(name, skipped="not reached")
+    if row["status"] in ("skipped", "cancelled"):
+        return Case(name, skipped=row["error"] or row["status"])
     if row["status"] == "cached":
         return Case(name, file=row["notebook"], note="Unchanged: taken from an earlier run.")
     if row["status"] == "done":
         return Case(name, row["seconds"] or 0.0, row["notebook"])
     error = row["error"] or "The runner ended before the step did."
-    return failed_case(name, row["seconds"] or 0.0, row["notebook"], error, home / row["notebook"])
+    return failed_case(name, row["seconds"] or 0.0, row["notebook"], error, home / row["notebook"], row["failure"] or "")
 
 
 def suite_of(
@@ -112,8 +114,10 @@ def suite_of(
         raise ParameterError(f"There is no run '{run}'.", did_you_mean(run, latest))
     about = found[0]
     last = {row["step"]: row for row in ledger.rows(STEPS, order="attempt", run=run)}
-    went_through = {row["of"] for row in last.values()} - set(last)  # a step that became its instances
-    names = [name for name in dict.fromkeys([*about["steps"], *last]) if name not in went_through]
+    instances: dict[str, list[str]] = {}  # of a step that ran for each value of something
+    for name, row in last.items():
+        instances.setdefault(row["of"] or name, []).append(name)
+    names = [one for step in dict.fromkeys([*about["steps"], *instances]) for one in instances.get(step, [step])]
     cases = tuple(case_of(ledger.settings.home, name, last.get(name)) for name in names)
     return Suite(f"{about['usecase']} {about['partition']}".strip(), cases, about["started"], run)
 

@@ -25,7 +25,8 @@ from ..store import Change, Ledger, declare
 
 # %% ../../nbs/3_run/37b_slots.ipynb #6afc0eb5
 SLOTS = declare(
-    "slots", key=("usecase", "slot"), usecase="text", slot="text", kind="text", about="text", partition="text", state="text",
+    "slots", key=("usecase", "slot"), indices=(("state",), ("usecase", "due")),
+    usecase="text", slot="text", kind="text", about="text", partition="text", state="text",
     due="text", after="text", runs="json", attempt="int", failures="int", interrupted="int", holder="json", started="text",
     ended="text", error="text")
 SCHEDULES = declare(
