@@ -79,6 +79,11 @@ class Change:
 
     def __init__(self, connection: sa.Connection):
         self.connection = connection
+        self.told: list[tuple[str, str, dict]] = []
+
+    def tell(self, kind: str, subject: str, body: dict) -> None:
+        "Add an event of its own to the transaction, before the one that it is named for."
+        self.told.append((kind, subject, body))
 
     def rows(self, table: sa.Table, **conditions) -> list[dict]:
         "The rows that match, as seen inside the transaction."
@@ -293,7 +298,9 @@ class Ledger(Memory):
             with self.engine.connect().execution_options(writes=True) as connection, connection.begin():
                 if connection.dialect.name == "postgresql":
                     connection.exec_driver_sql("LOCK TABLE events IN EXCLUSIVE MODE")
-                yield Change(connection)
+                yield (change := Change(connection))
+                for told in change.told:
+                    self.append(connection, *told)
                 event = self.append(connection, kind, subject, body)
             write_text(self.settings.home / "ledger.head", f"{event.seq} {event.hash}\n")
 

@@ -6,6 +6,7 @@
 __all__ = ['RUNS', 'STEPS', 'StepResult', 'Run', 'Progress', 'result_of', 'hold_fence', 'end_run']
 
 # %% ../../nbs/3_run/35_records.ipynb #c8bcd2b8
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,10 +91,19 @@ def hold_fence(change: Change, run: str, fence: int | None) -> None:
                          f"See how it went: aiexec runs. Or go on with it: aiexec resume {run}.")
 
 
-def end_run(ledger: Ledger, run: str, status: str, error: str = "", fence: int | None = None) -> None:
-    "Write how a run ended; a step that was under way ended with it. Without a fence it is taken from whoever has it."
+def end_run(
+    ledger: Ledger,
+    run: str,
+    status: str,  # done, failed or cancelled
+    error: str = "",
+    fence: int | None = None,  # of its runner; without one, the run is taken from whoever has it
+    first: Callable[[Change], None] | None = None,  # writes what else is to be told, in the same transaction
+) -> None:
+    "Write how a run ended; a step that was under way ended with it."
     with ledger.change(f"run.{status}", run, {"error": error}, (RUNS, STEPS)) as change:
         hold_fence(change, run, fence)
+        if first:
+            first(change)
         taken = {} if fence is not None else {"fence": 1 + (change.rows(RUNS, run=run)[0]["fence"] or 0)}
         change.update(RUNS, {"status": status, "ended": now(), "error": error} | taken, run=run)
         change.update(STEPS, {"status": status, "error": error}, expect=None, run=run, status="running")

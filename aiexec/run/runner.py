@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..data.datasets import DATASETS
 from ..define.usecase import UseCase, load_usecase
 from ..errors import AiexecError, ParameterError, RunFailed, StaleWrite, did_you_mean
 from ..files import lock
@@ -23,7 +25,7 @@ from .pipeline import bind_steps, graph, steps_for
 from .records import RUNS, STEPS, Progress, Run, end_run
 from .resources import Pool, check_requests
 from .scheduler import Plan, carry_on
-from .steps import tell_end
+from .steps import tell_end, tell_pending
 from .wiring import check_sources
 from .work import Work, tell_recorder
 from ..settings import Settings, current_actor, load_settings
@@ -118,7 +120,7 @@ def abandon(work: Work) -> None:
 # %% ../../nbs/3_run/35f_runner.ipynb #13e1b50c
 def taken_up(work: Work, row: dict) -> None:
     "Write that the run is ours from now on, and see what it had done."
-    with work.ledger.change("run.started", work.run, row, (RUNS, STEPS)) as change:
+    with work.ledger.change("run.started", work.run, row, (RUNS, STEPS, DATASETS)) as change:
         found = change.rows(RUNS, run=work.run)
         row["fence"] = work.fence = 1 + max((one["fence"] or 0 for one in found), default=0)
         change.put(RUNS, row)
@@ -165,7 +167,7 @@ def carry_out(usecase: UseCase, row: dict, parts: Parts, jobs: int, keep_going: 
             told = ended(work, why)
             told.run = work.run  # whoever catches it can look at the record
             raise told from (why if told is not why else why.__cause__)
-        end_run(work.ledger, work.run, "done", fence=work.fence)
+        end_run(work.ledger, work.run, "done", "", work.fence, partial(tell_pending, work))
     return Run(work.run, usecase.name, row["partition"], "done", work.results)
 
 
@@ -179,7 +181,8 @@ def ended(work: Work, why: BaseException) -> BaseException:
     "Record that a run did not come to its end; what to raise for it."
     if isinstance(why, StaleWrite):
         return why
-    end_run(work.ledger, work.run, "cancelled" if isinstance(why, KeyboardInterrupt) else "failed", str(why), work.fence)
+    status = "cancelled" if isinstance(why, KeyboardInterrupt) else "failed"
+    end_run(work.ledger, work.run, status, str(why), work.fence, partial(tell_pending, work))
     if isinstance(why, OSError):
         return RunFailed(f"The run {work.run} cannot go on: {why}.", f"Mend that, and go on: aiexec resume {work.run}.")
     return why

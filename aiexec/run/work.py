@@ -50,6 +50,7 @@ class Work:
     opened: "WarmKernels | None" = None
     cancel: threading.Event | None = None  # for notebooks on other threads
     turn: Any = field(default_factory=threading.RLock)
+    pending: list[tuple[str, dict]] = field(default_factory=list)  # (event, row of STEPS): what is told with the next record
     later: ThreadPoolExecutor | None = None  # tells the recorder what need not be waited for
 
     @property
