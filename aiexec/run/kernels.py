@@ -128,14 +128,14 @@ class KernelProvisioner(LocalProvisioner):
         "Until the kernel has said something about its end, or for a moment."
         if not isinstance(self.process, ForkedKernel):
             return await asyncio.sleep(POLL_SECONDS)
-        loop, heard = asyncio.get_running_loop(), asyncio.Event()
-        loop.add_reader(self.process.channel, heard.set)
+        loop, heard, said = asyncio.get_running_loop(), asyncio.Event(), self.process.channel.fileno()
+        loop.add_reader(said, heard.set)
         try:
             await asyncio.wait_for(heard.wait(), 10 * POLL_SECONDS)
         except TimeoutError:
             return
         finally:
-            loop.remove_reader(self.process.channel)
+            loop.remove_reader(said)  # by number: another who waits may have closed it
 
     async def wait(self) -> int | None:
         "Wait for the end and keep the exit code."
