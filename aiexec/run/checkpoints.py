@@ -108,6 +108,7 @@ class Checkpoints:
     run: Callable | None = field(default=None, init=False)  # silent code to the kernel's reply
     at: int = field(default=-1, init=False)  # index of the cell after which this kernel goes on
     held: bool = field(default=False, init=False)  # whether the kernel waits for the cells that always run
+    found: dict[int, dict[str, str]] = field(default_factory=dict, init=False)  # parts by index, as they were before the cells ran
     counts: dict[int, int] = field(default_factory=dict, init=False)  # number in brackets by index, as they were
 
     @property
@@ -129,10 +130,14 @@ class Checkpoints:
         declared = named(as_cell(0, self.cells[index]))
         return needs(map(as_cell, count(1), self.cells[index + 1:])) if declared is None else Needs(frozenset(declared))
 
-    def path(self, index: int) -> Path:
+    def parts_now(self, index: int) -> dict[str, str]:
+        "What the cells down to one depend on, beside their code, as it is now."
+        return self.parts(len(self.authors(index)))
+
+    def path(self, index: int, parts: dict[str, str]) -> Path:
         "Where the record of a checkpoint is: the name holds all that it depends on."
         code = [[cell.source, sorted({TAG, ALWAYS} & set(cell.tags))] for cell in self.before(index)]
-        return self.folder / f"{digest_of([code, self.parts(len(self.authors(index)))])}.json"
+        return self.folder / f"{digest_of([code, parts])}.json"
 
     async def begin(self, cells: list[Any], run: Callable, scrub: Callable[[Any], Any]) -> None:
         "In the fresh kernel, before the first cell: take up the newest valid checkpoint, if there is one."
@@ -141,7 +146,8 @@ class Checkpoints:
             await ask(self.run, "begin")
         for index in reversed(self.tagged):
             try:
-                record = read_record(self.path(index), self.key)
+                parts = self.found[index] = self.parts_now(index)
+                record = read_record(self.path(index, parts), self.key)
                 if record and await self.taken_up(index, record):
                     return self.restore(index, record)
             except (OSError, ValueError, KeyError, AiexecError) as why:
@@ -187,15 +193,20 @@ class Checkpoints:
             return
         always = [cell for cell in self.before(index) if ALWAYS in cell.tags]
         anew = given_by(always) - given_by([cell for cell in self.before(index) if ALWAYS not in cell.tags])
-        apart = {**{name: repr(value) for name, value in self.parameters.items()}, **dict.fromkeys(anew)}
+        apart = {**{name: json.dumps(value, default=str) for name, value in self.parameters.items()}, **dict.fromkeys(anew)}
         try:
-            path, need = self.path(index), self.after(index)
+            parts, need = self.parts_now(index), self.after(index)
+            changed = [name for name, value in self.found.get(index, {}).items() if parts.get(name, value) != value]
+            if changed:
+                return self.tell(index, f"was not made: the {changed[0]} changed while the cells ran")
+            path = self.path(index, parts)
             state = f"{path.stem}-{secrets.token_hex(4)}.state"
             said = await ask(self.run, "keep", file=str(self.folder / state), names=sorted(need.names), apart=apart,
+                             own=sorted(given_by(self.before(index)[-1:])), alone=named(self.before(index)[-1]) is not None,
                              everything=need.everything, limit=self.limit)
             if "refused" in said:
-                remedy = "Open it in a cell tagged always, or name what is to be kept: # checkpoint: a, b"
-                return self.tell(index, f"was not made: {said['refused']}. {remedy}")
+                remedy = ". Make it in a cell tagged always, or name what is to be kept: # checkpoint: a, b" if "variable" in said else ""
+                return self.tell(index, f"was not made: {said['refused']}{remedy}")
             self.record(index, path, state, said)
         except (OSError, ValueError, AiexecError) as why:
             self.tell(index, f"was not made: {why}")
@@ -208,6 +219,8 @@ class Checkpoints:
         counts = [cell.execution_count for cell in self.cells[:index + 1] if cell.cell_type == "code"]
         about = {**said, "state": state, "counts": counts, "cells": self.scrub(json.loads(json.dumps(kept))), "made": made}
         write_text(path, json.dumps({"about": about, "seal": seal(self.key, about)}))
+        for old in set(self.folder.glob(f"{path.stem}-*.state")) - {self.folder / state}:
+            old.unlink(missing_ok=True)
         prune(self.folder, max(4, 2 * len(self.tagged)), 2 * self.limit)
 
     def tell(self, index: int, what: str) -> None:

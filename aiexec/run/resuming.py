@@ -10,7 +10,7 @@ import ast
 import os
 import secrets
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def checkpoints_for(
     if f'"{TAG}"' not in Path(notebook).read_text(encoding="utf-8") or not has_checkpoints(read_cells(notebook)):
         return None
     notebook, plain = Path(notebook).resolve(), {name: value for name, value in values.items() if name not in inputs}
-    return Checkpoints(folder, cache(partial(parts_down_to, notebook, plain, inputs, root)), key, values)
+    return Checkpoints(folder, partial(parts_down_to, notebook, plain, inputs, root), key, values)
 
 # %% ../../nbs/3_run/33e_resuming.ipynb #3bc5d042
 def cache_folder() -> Path:
