@@ -23,6 +23,7 @@ from typing import Any
 
 from . import forked
 from .kernels import die_with_parent
+from .supervisor import keep_orphans
 
 # %% ../../nbs/3_run/38a_forks.ipynb #fa075cc1
 SAFE = {"jemalloc_bg_thd": "pyarrow's allocator takes its locks before a fork, and starts the thread again after it"}
@@ -198,6 +199,7 @@ def make(self: Spares, leave_to_server: Callable[[], None]) -> None:
         leave_to_server()
         ours.close()
         begin(server)
+        keep_orphans()  # so that whatever the notebook starts is found when the kernel has to end
         raise Forked(lambda: forked.become_spare(theirs, folder))
     theirs.close()
     spare = Spare(ours, pid, os.pidfd_open(pid), folder, stamp())

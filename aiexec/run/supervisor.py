@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PR_SET_PDEATHSIG', 'PR_SET_CHILD_SUBREAPER', 'SIGKILL', 'SIGSTOP', 'END_SECONDS', 'LIBC', 'POSSIBLE', 'start',
-           'below', 'end_all', 'supervise', 'say', 'start_supervised']
+           'below', 'send', 'end_all', 'keep_orphans', 'end_below', 'supervise', 'say', 'start_supervised']
 
 # %% ../../nbs/3_run/30z_supervisor.ipynb #2f660d2a
 import ctypes
@@ -52,16 +52,21 @@ def below(pid: int) -> list[int]:
     return found
 
 
+def send(pids: list[int], number: int) -> None:
+    "Send a signal to those that are there still."
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            continue
+
+
 def end_all(pid: int) -> int | None:  # pid: of the kernel, whose status is returned
     "End all that this process has started, itself excepted."
     status, until = None, time.monotonic() + END_SECONDS
     while time.monotonic() < until:
         for number in (SIGSTOP, SIGKILL):
-            for child in below(os.getpid()):
-                try:
-                    os.kill(child, number)
-                except ProcessLookupError:
-                    continue
+            send(below(os.getpid()), number)
         try:
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
                 status = os.waitstatus_to_exitcode(ended[1]) if ended[0] == pid else status
@@ -69,6 +74,21 @@ def end_all(pid: int) -> int | None:  # pid: of the kernel, whose status is retu
             return status
         time.sleep(0.005)
     return status
+
+
+def keep_orphans() -> None:
+    "Have what descends from this process become its child when its own parent ends."
+    LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def end_below(pid: int) -> None:
+    "Stop a process for good, and kill all that descends from it."
+    killed = {pid}
+    send([pid], SIGSTOP)
+    while left := {*below(pid)} - killed:
+        send(left, SIGSTOP)
+        send(left, SIGKILL)
+        killed |= left
 
 # %% ../../nbs/3_run/30z_supervisor.ipynb #9226a35c
 def supervise(
@@ -78,7 +98,7 @@ def supervise(
 ) -> None:
     "Be the supervisor of one kernel."
     os.set_inheritable(channel, False)
-    LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    keep_orphans()
     pid = start(command)
     watch = select.poll()
     for descriptor in (channel, os.pidfd_open(pid)):

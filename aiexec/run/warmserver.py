@@ -24,6 +24,7 @@ from typing import Any
 from . import forked, warm
 from .forks import Forked, Spare, Spares, begin, leave, patched, rehearse, threads
 from .kernels import is_running
+from .supervisor import end_below
 from .warm import NoServer, identity, peer
 
 # %% ../../nbs/3_run/38d_warmserver.ipynb #aa24ceaa
@@ -42,6 +43,7 @@ def chosen(
 def preload(modules: list[str]) -> list[str]:  # those that are there
     "Import what forks will use; what cannot be imported is left out."
     found = []
+    sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema would build a grammar of IRIs: 2 s
     for name in modules:
         try:
             import_module(name)
@@ -104,6 +106,8 @@ class Lease:
 
     def kill(self) -> None:
         "End it, and all that it started."
+        if self.kind == "kernel":
+            end_below(self.pid)
         for kill in (os.killpg, os.kill):
             try:
                 kill(self.pid, signal.SIGKILL)
