@@ -192,7 +192,7 @@ def test_a_signal_ends_all_of_it(world, warmth, number):
     kernel = kernel_of(world)
     command.send_signal(number)
     command.communicate(timeout=30)
-    assert command.returncode == -number
+    assert command.returncode in (-number, 128 + number)  # a notebook that is under way is written first
     eventually(lambda: not is_alive(kernel) and not is_command(command.pid))
 
 

@@ -15,7 +15,6 @@ import socket
 import sys
 
 from ..run import warm
-from ..run.worker import standing
 
 # %% ../../nbs/9_show/99a_entry.ipynb #8eb1edce
 COMMAND = "aiexec.cli.commands:main"
@@ -38,12 +37,10 @@ def order(words: list[str]) -> dict | None:  # None: this process cannot be desc
         cwd = os.getcwd()
     except OSError:
         return None
-    umask = os.umask(0o77)
-    os.umask(umask)
     ignored = [number for number in signal.valid_signals() if signal.getsignal(number) == signal.SIG_IGN]
     return {"kind": "command", "command": COMMAND, "what": " ".join(["aiexec", *words]), "argv": [sys.argv[0], *words],
-            "cwd": cwd, "environment": dict(os.environ), "umask": umask, "path": sys.path,
-            "ignored": ignored, "blocked": list(signal.pthread_sigmask(signal.SIG_BLOCK, [])), "standing": standing()}
+            "cwd": cwd, "environment": dict(os.environ), "path": sys.path, "flags": warm.started(),
+            "ignored": ignored, "blocked": list(signal.pthread_sigmask(signal.SIG_BLOCK, []))}
 
 # %% ../../nbs/9_show/99a_entry.ipynb #2a047e75
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGWINCH, signal.SIGUSR1, signal.SIGUSR2)

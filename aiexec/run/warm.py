@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SOCKET_BYTES', 'FOLDER_BYTES', 'ANSWER_SECONDS', 'MEMORY_HISTORY', 'PROGRAM', 'NoServer', 'impossible',
-           'runtime_folder', 'newest', 'loaded', 'identity', 'socket_path', 'connect', 'peer', 'send', 'receive', 'ask',
-           'start', 'is_up', 'answers', 'log_path', 'is_locked', 'locked', 'become_server', 'status', 'stop']
+           'runtime_folder', 'newest', 'loaded', 'identity', 'socket_path', 'connect', 'peer', 'started', 'send',
+           'receive', 'ask', 'start', 'launch', 'is_up', 'answers', 'log_path', 'is_locked', 'locked', 'become_server',
+           'status', 'stop']
 
 # %% ../../nbs/3_run/31_warm.ipynb #054e908b
 import json
@@ -114,6 +115,12 @@ def peer(channel: socket.socket) -> tuple[int, int]:  # process, user
     "Who is at the other end."
     return struct.unpack("3i", channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))[:2]
 
+
+def started() -> dict:
+    "How this interpreter was started, but for what a fork of another one can set."
+    flags = {name: getattr(sys.flags, name) for name in sys.flags.__match_args__ if name != "dont_write_bytecode"}
+    return flags | {"warnings": sys.warnoptions, "options": sorted(map(str, sys._xoptions.items()))}
+
 # %% ../../nbs/3_run/31_warm.ipynb #1194fa6b
 def send(channel: socket.socket, message: dict, descriptors: tuple[int, ...] = ()) -> None:
     "Send one line, the descriptors with its first byte."
@@ -154,29 +161,34 @@ def start(
     seconds: float = ANSWER_SECONDS,  # to wait at most
 ) -> None:
     "Start the server unless it runs; raises `NoServer`."
-    import subprocess
-
     if why := impossible():
         raise NoServer(why)
-    path = socket_path()
-    if answers(path):
-        return
-    if not is_locked(path):
-        environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "JPY_PARENT_PID")}
-        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        try:
-            with open(log_path(path), "ab") as log:
-                subprocess.run([sys.executable, "-c", PROGRAM, path], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/",
-                               env=environment, start_new_session=True, timeout=seconds)
-        except (OSError, subprocess.TimeoutExpired) as why:
-            raise NoServer(f"the warm server could not be started: {why}") from why
-    until = time.monotonic() + seconds
-    while wait and not answers(path):
-        if not is_locked(path) and not answers(path):
-            raise NoServer(f"the warm server ended at its start; {log_path(path)} says why")
+    path, tried, until = socket_path(), False, time.monotonic() + seconds
+    while not answers(path):
+        if not is_locked(path):  # nobody is about to answer
+            if tried:
+                raise NoServer(f"the warm server ended at its start; {log_path(path)} says why")
+            launch(path, seconds)
+            tried = True
+        if not wait:
+            return
         if time.monotonic() > until:
             raise NoServer(f"the warm server was not ready within {seconds:g} s")
         time.sleep(0.02)
+
+
+def launch(path: str, seconds: float) -> None:
+    "Start a server process; come back when it holds the lock, or has ended."
+    import subprocess
+
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "JPY_PARENT_PID")}
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        with open(log_path(path), "ab") as log:
+            subprocess.run([sys.executable, "-c", PROGRAM, path], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/",
+                           env=environment, start_new_session=True, timeout=seconds)
+    except (OSError, subprocess.TimeoutExpired) as why:
+        raise NoServer(f"the warm server could not be started: {why}") from why
 
 # %% ../../nbs/3_run/31_warm.ipynb #4643f15f
 def is_up() -> bool:
