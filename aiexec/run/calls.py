@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import NotebookError, ParameterError, SpecificationError
 from .expansion import instances
+from .resuming import checkpoints_alone
 from .schema import several
 from .signature import Signature, bind, check_notebook, parse, read_signature, without_secrets
 from ..settings import Settings, find_root, load_settings
@@ -113,8 +114,9 @@ def execute_calls(
 
         def work(call: Call) -> "Execution":
             plain, secret = without_secrets(signature, call.values)
+            kept = checkpoints_alone(notebook, plain, settings.root if settings else None) if len(calls) == 1 else None
             return execute(notebook, call.output, plain, cwd=notebook.resolve().parent, kernels=kernels, environment=environment,
-                           timeout=timeout, outputs=gives, collect_to=call.collect_to, secrets=secret,
+                           timeout=timeout, outputs=gives, collect_to=call.collect_to, secrets=secret, checkpoints=kept,
                            on_cell=lambda cell, cells, status: tell and status == "started" and tell(call, cell, cells),
                            cancel=cancel if jobs > 1 else None)
 

@@ -128,7 +128,8 @@ def new_row(work: Work, instance: Instance, status: str, **facts: Any) -> dict:
     empty = {word: "" for word in ("fingerprint", "error", "failure", "notebook", "digest", "tracked")}
     return {"run": work.run, "step": instance.name, "of": instance.step, "instance": instance.values, "fence": work.fence,
             "usecase": work.usecase.name, "attempt": work.attempts[instance.name], "partition": work.partition(instance),
-            "status": status, "started": now(), "seconds": 0.0, "parts": {}, "outputs": {}, "usage": {}, "cells": [], **empty, **facts}
+            "status": status, "started": now(), "seconds": 0.0, "parts": {}, "outputs": {}, "usage": {}, "cells": [],
+            **empty, **facts}
 
 
 def skip(work: Work, instance: Instance, why: str) -> StepResult:
