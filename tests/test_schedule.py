@@ -18,6 +18,7 @@ from aiexec.cli.commands import main
 from aiexec.data.datasets import record_dataset
 from aiexec.define.usecase import load_usecase
 from aiexec.errors import StaleWrite
+from aiexec.govern.audit import verify_chain
 from aiexec.run.runner import RUNS
 from aiexec.run.schedule import read_moment
 from aiexec.run.slots import holder, plan_times, slots, take
@@ -29,7 +30,7 @@ from .conftest import AIEXEC, aiexec, environment
 COUNT = """import os, pathlib, time
 root = pathlib.Path(os.environ['AIEXEC_ROOT'])
 with open(root / 'ran.log', 'a') as log:
-    log.write(f"{os.environ['AIEXEC_USECASE']} {month}\\n")
+    log.write(f"{os.environ['AIEXEC_USECASE']} {month} {arrived}".strip() + "\\n")
 while (root / f"hold-{os.environ['AIEXEC_USECASE']}").exists():
     time.sleep(0.05)
 assert not (root / f"missing-{month}").exists(), f'no orders of {month}'
@@ -54,7 +55,7 @@ class Project:
         folder = self.root / "usecases" / name
         folder.mkdir(parents=True, exist_ok=True)
         cells = [nbformat.v4.new_code_cell(source, metadata={"tags": [tag] if tag else []})
-                 for tag, source in [("parameters", f"month: {month}"), ("", COUNT), ("outputs", "late: int")]]
+                 for tag, source in [("parameters", f"month: {month}\narrived: str = ''"), ("", COUNT), ("outputs", "late: int")]]
         nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "count.ipynb")
         facts = {"name": name, "title": "Late orders", "department": "logistics", "owner": "ada@example.org", "risk": "minimal",
                  "success": [{"metric": "roc_auc", "at_least": 0.6}], "pipeline": {"count": {"notebook": "count.ipynb"}},
@@ -134,6 +135,7 @@ def test_a_service_killed_during_a_slot_is_followed_by_one_that_resumes_its_run(
     project.clock("2024-02-20T00:00")
     project.once()
     assert len(project.ran()) == 2 and len(project.ledger.rows(RUNS)) == 1
+    assert verify_chain(project.ledger).ok
 
 
 def test_what_a_standstill_missed_is_said_and_the_latest_is_run(project):
@@ -225,7 +227,7 @@ def test_data_starts_a_run_once_and_not_before_it_is_whole(project):
         (incoming / "orders-2024-02.csv").touch()
         record_dataset(project.ledger, "orders", "count.table", "2024-03", incoming / "orders-2024-02.csv", rows=15)
         project.wait_for(lambda: project.slots("partition", "state", usecase="report") == [("2024-03", "done")])
-    assert project.ran() == ["orders 2024-02", "report 2024-03"]
+    assert project.ran() == ["orders 2024-02 incoming/orders-2024-02.csv", "report 2024-03 orders:count.table@2024-03"]
 
 
 def test_a_past_time_can_be_tried_and_a_future_one_not(project):
