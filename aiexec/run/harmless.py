@@ -41,8 +41,9 @@ def attributes(tag: str, given: list[tuple[str, str | None]]) -> Iterator[str]:
 class Reader(HTMLParser):
     "Reads any HTML and writes the harmless part of it."
 
-    def __init__(self):
+    def __init__(self, styles: bool):
         super().__init__(convert_charrefs=True)
+        self.styles = styles
         self.written, self.open, self.silent, self.style = [], [], [], None
 
     def handle_starttag(self, tag, attrs):
@@ -65,7 +66,7 @@ class Reader(HTMLParser):
             del self.silent[self.silent.index(tag):]
         elif tag == "style" and self.style is not None:
             rules, self.style = re.sub(r"/\*.*?\*/", "", "".join(self.style), flags=re.S), None
-            self.written += [f"<style>{rules}</style>"] if not LOADS.search(rules) else []
+            self.written += [f"<style>{rules}</style>"] if self.styles and not LOADS.search(rules) else []
         elif tag in self.open and not self.silent:
             while True:
                 self.written.append(f"</{(last := self.open.pop())}>")
@@ -79,9 +80,12 @@ class Reader(HTMLParser):
             self.written.append(escape(data, quote=False))
 
 
-def harmless(html: str) -> str:
+def harmless(
+    html: str,
+    styles: bool = False,  # whether to keep style sheets: where they reach nothing else
+) -> str:
     "HTML that can do nothing but be looked at."
-    reader = Reader()
+    reader = Reader(styles)
     reader.feed(html)
     reader.close()
     return "".join(reader.written + [f"</{tag}>" for tag in reversed(reader.open)])

@@ -72,7 +72,7 @@ PICTURES = ("image/svg+xml", "image/png", "image/jpeg", "image/gif", "image/webp
 
 def long_text(html: str, lines: int = SHOWN) -> str:
     "Preformatted text, folded after some lines."
-    rows = html.split("\n")
+    rows = html.removesuffix("\n").split("\n")
     if len(rows) <= lines + 5:
         return f"<pre>{html}</pre>"
     first, rest = "\n".join(rows[:lines]), "\n".join(rows[lines:])
@@ -102,7 +102,7 @@ def rich_output(data: dict[str, Any]) -> str:
         if kind in data:
             return picture(kind, whole(data[kind]))
     if "text/html" in data:
-        html = harmless(whole(data["text/html"]))
+        html = harmless(whole(data["text/html"]), styles=True)
         if re.sub(r"<style>.*?</style>|<(?!img)[^>]*>|\s", "", html, flags=re.S):
             return apart(html)
     if "text/markdown" in data:
@@ -233,7 +233,7 @@ margin-right:10px;top:22px;padding-top:11px;color:var(--soft);font:12px ui-monos
 color:var(--soft)}.effort span:first-child{margin-right:auto}.effort .bar{width:90px}
 section.failed .source{border-color:var(--red)}section.failed .bar i{background:var(--red)}.idle .source{opacity:.55}
 .restored .source{border-style:dashed}.out,.err,.trace,.html{margin-top:10px;padding-left:14px}.out .html{padding:0;
-margin:0}.err,.trace{border-left:3px solid var(--amber)}.trace{border-color:var(--red)}.html{contain:content;
+margin:0}.err,.trace{border-left:3px solid var(--amber)}.trace{border-color:var(--red)}.text{contain:content}.html{contain:content;
 overflow:auto;max-height:460px}.out>img{max-width:100%;height:auto}.note{color:var(--soft);margin:0;font-size:13px}
 details summary{cursor:pointer;color:var(--blue);font-size:13px;padding:4px 0}.mark{background:var(--field);
 border-radius:6px;padding:4px 14px;margin:18px 0 0;font-size:14px;color:var(--soft)}.mark.bad{background:var(--rose);
