@@ -161,7 +161,8 @@ def record_problems(ledger: Ledger, row: dict) -> list[str]:
             said = json.loads((ledger.settings.home / row["notebook"]).with_name("done.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return [*problems, "done.json is gone or cannot be read."]
-        problems += [] if all(said.get(word) == row[word] for word in words) else ["done.json is not what the ledger says."]
+        same = isinstance(said, dict) and all(said.get(word) == row.get(word) for word in {*said, *row} - {"fence"})
+        problems += [] if same else ["done.json is not what the ledger says."]
     return problems
 
 # %% ../../nbs/3_run/36_proof.ipynb #40d91024
@@ -221,7 +222,7 @@ def untellable(path: Path, proof: dict, ledger: Ledger | None) -> list[str]:
     "What cannot be told here about a notebook."
     found = []
     if not proof["seal"]:
-        found.append("It was made outside of a project and bears no seal: a careful forgery cannot be told.")
+        found.append("It bears no seal, for it was made outside of a project, or before it had a key: a careful forgery passes.")
     elif ledger is None:
         found.append("Whether its seal is right, and whether the ledger has it so, cannot be told outside of its project.")
     if ledger is None and not at_hand(path, proof):

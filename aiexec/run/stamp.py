@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['ADDED', 'ASK_GIT', 'whole', 'output_text', 'cell_digests', 'ask_git', 'hear_git', 'seal', 'installed', 'surroundings',
-           'moment', 'library', 'stamping']
+           'moment', 'library', 'stamping', 'stamping_alone']
 
 # %% ../../nbs/3_run/33b_stamp.ipynb #ad661a54
 import hashlib
 import hmac
 import json
 import platform
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.metadata import distributions
 from pathlib import Path
@@ -90,7 +92,8 @@ def surroundings(root: Path | None) -> dict[str, str]:
     facts = {"python": platform.python_version(), "packages": environment(), "platform": f"{sys.platform} {platform.machine()}"}
     kept = root and root / ".aiexec" / "environments" / f"{facts['packages']}.json"
     if kept and not kept.exists():
-        write_text(kept, json.dumps(installed(), indent=1))
+        with suppress(OSError):  # a project that may only be read is not refused for that
+            write_text(kept, json.dumps(installed(), indent=1))
     return facts
 
 # %% ../../nbs/3_run/33b_stamp.ipynb #2983746c
@@ -129,3 +132,15 @@ def stamping(
         return {**proof, "seal": seal(proof, key)}
 
     return end
+
+
+def stamping_alone(
+    notebook: Path,
+    parameters: dict[str, Any],  # with the references of secrets
+    root: Path | None,  # of the project, if the notebook lies in one
+) -> Callable[[dict, Any], dict[str, Any]]:
+    "The same for a notebook that is no step: sealed when its project has a key already."
+    key = os.environ.get("AIEXEC_LEDGER_KEY", "").encode() if root else b""
+    with suppress(OSError):
+        key = key or (root / ".aiexec" / "ledger.key").read_bytes() if root else b""
+    return stamping(notebook, parameters, root=root, key=key)
