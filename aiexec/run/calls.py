@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import NotebookError, ParameterError, SpecificationError
 from .expansion import instances
+from .parsing import parse_in_turn
 from .resuming import checkpoints_alone
 from .schema import several
 from .signature import Signature, bind, check_notebook, parse, read_signature, without_secrets
+from .stamp import stamping_alone
 from ..settings import Settings, find_root, load_settings
 
 if TYPE_CHECKING:
@@ -118,10 +120,12 @@ def execute_calls(
             return execute(notebook, call.output, plain, cwd=notebook.resolve().parent, kernels=kernels, environment=environment,
                            timeout=timeout, outputs=gives, collect_to=call.collect_to, secrets=secret, checkpoints=kept,
                            on_cell=lambda cell, cells, status: tell and status == "started" and tell(call, cell, cells),
-                           cancel=cancel if jobs > 1 else None)
+                           cancel=cancel if jobs > 1 else None,
+                           stamp=stamping_alone(notebook, call.values, settings.root if settings else None))
 
         if jobs == 1:
             return {at: work(call) for at, call in enumerate(calls)}
+        parse_in_turn()
         with ThreadPoolExecutor(jobs, "aiexec-call") as threads:
             under_way = {threads.submit(work, call): at for at, call in enumerate(calls)}
             try:
