@@ -26,6 +26,7 @@ from .forks import Forked, Spare, Spares, begin, leave, patched, rehearse, threa
 from .kernels import is_running
 from .supervisor import end_below
 from .warm import NoServer, identity, peer
+from .workers import Workers
 
 # %% ../../nbs/3_run/38d_warmserver.ipynb #aa24ceaa
 KINDS = {"kernel": "aiexec.run.forked", "command": "aiexec.run.worker"}  # found late: a module with PRELOAD and `refusal`
@@ -152,6 +153,7 @@ class Server:
         self.watch.register(self.listener, selectors.EVENT_READ, self.welcome)
         number = int(os.environ.get("AIEXEC_SPARES") or min(4, len(os.sched_getaffinity(0))))
         self.spares = Spares(self.watch, os.path.dirname(path), number)
+        self.workers = Workers(self.watch, number)
 
     def serve(self) -> None:
         "Answer until there is nothing to stay for; raises `Forked` in each new process."
@@ -174,6 +176,7 @@ class Server:
         if not self.listener:
             return
         self.spares.keep(self.leave_to_server)
+        self.workers.keep(self.leave_to_server)
         if self.leases:
             self.used = now
         elif now - self.used > self.idle or (now - max(self.looked, self.used) > LOOK_SECONDS and self.is_outdated()):
@@ -210,6 +213,7 @@ def close(self) -> None:
     if not self.listener:
         return
     self.spares.forget()
+    self.workers.forget()
     self.watch.unregister(self.listener)
     self.listener.close()
     self.listener = None
@@ -297,7 +301,9 @@ def told(self) -> dict[str, Any]:
 # %% ../../nbs/3_run/38d_warmserver.ipynb #186b247d
 @patched(Server)
 def fork(self, order: dict, visitor: Visitor) -> None:
-    "Fork a process for an order; raises `Forked` in it."
+    "Give an order to a process that waits for one, or fork; raises `Forked` in the new process."
+    if worker := self.workers.take(order, visitor.descriptors):
+        return answer(self.lease(order, visitor, worker.pid, worker.pidfd).channel, pid=worker.pid)
     server, module = os.getpid(), KINDS[order["kind"]]
     pid = os.fork()
     if not pid:
@@ -399,6 +405,8 @@ def serve(
     clean(os.path.dirname(path))
     offer_kernels()
     preloaded = preload(chosen(os.environ.get("AIEXEC_PRELOAD", "")))
+    if "aiexec.run.notebook" in preloaded:
+        import_module(KINDS["command"]).practise()
     forked.loaded(), forked.files()
     rehearse()
     gc.collect()
