@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ParameterError, RunFailed, SpecificationError, did_you_mean
 from ..files import writing
+from .parsing import parse_in_turn
 from .result import Result, Results
 from .signature import Parameter, Signature, bind, kinds, read_cells, read_signature, without_secrets
 from ..settings import Settings, load_settings
@@ -191,11 +192,12 @@ class NotebookFunction:
         bound(declared, named, self.path.parent)  # a refused call leaves no folder behind
         return self.run(declared, named)
 
-    def run(self, declared: Signature, given: dict[str, Any], cancel: threading.Event | None = None) -> Result:
+    def run(self, declared: Signature, given: dict[str, Any], cancel: threading.Event | None = None, on_cell=None) -> Result:
         "Execute with arguments that were checked; raises `RunFailed`."
         from aiexec.run.kernels import KernelSource
         from aiexec.run.notebook import execute
         from aiexec.run.resuming import checkpoints_alone
+        from aiexec.run.stamp import stamping_alone
 
         place = new_place(self.path, self.output, self.settings)
         values, frames = bound(declared, given, place)
@@ -207,7 +209,8 @@ class NotebookFunction:
             self.path, place / "notebook.ipynb", plain, secrets=secret, cwd=self.path.parent, kernels=kernels_for(self.settings),
             timeout=self.timeout or (self.settings.timeout if self.settings else 1800.0), collect_to=place / "outputs", cancel=cancel,
             environment=KernelSource(self.settings, None, ExitStack()).environment() if self.settings else {},
-            checkpoints=checkpoints_alone(self.path, plain, self.settings and self.settings.root),
+            checkpoints=checkpoints_alone(self.path, plain, self.settings and self.settings.root), on_cell=on_cell,
+            stamp=stamping_alone(self.path, {**plain, **(secret or {})}, self.settings and self.settings.root),
             outputs={one.name: one.annotation for one in declared.outputs})
         if ending.status != "done":
             raise failure(self.path, ending, place / "notebook.ipynb")
@@ -244,6 +247,7 @@ def in_parallel(function: NotebookFunction, declared: Signature, calls: list[dic
         except RunFailed as error:
             errors[index] = error
 
+    parse_in_turn()
     with ThreadPoolExecutor(jobs, "aiexec-call") as pool:
         try:
             list(pool.map(call, range(len(calls))))

@@ -19,6 +19,7 @@ from typing import Any, Iterator
 
 from ..errors import AiexecError, StaleWrite
 from .expansion import Instance, matching
+from .parsing import parse_in_turn
 from .pipeline import arrives
 from .records import StepResult
 from .resources import Lease, Pool, Request, request_of
@@ -164,6 +165,7 @@ def hands(plan: Plan) -> Iterator[ThreadPoolExecutor | AtOnce]:
     if plan.jobs == 1:
         yield AtOnce()
         return
+    parse_in_turn()
     threads = ThreadPoolExecutor(plan.jobs, thread_name_prefix="aiexec-step")
     try:
         yield threads
