@@ -4,8 +4,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:  # for editors: nothing is imported until it is asked for
     from aiexec.run.function import notebook
     from aiexec.run.secrets import Secret
+    from aiexec.show.forms import form
 
-LATE = {"notebook": "aiexec.run.function", "Secret": "aiexec.run.secrets"}  # name → module
+LATE = {"notebook": "aiexec.run.function", "Secret": "aiexec.run.secrets", "form": "aiexec.show.forms"}  # name → module
 
 
 def __getattr__(name):
