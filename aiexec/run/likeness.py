@@ -84,6 +84,8 @@ def frame_differences(one: Path, other: Path, tolerance: float) -> list[str]:  #
 PASSING = [re.compile(pattern) for pattern in (
     r"\x1b\[[0-9;?]*[A-Za-z]", r"0x[0-9a-fA-F]{4,}", r"\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b",
     r"\br\d{8}-\d{6}-[0-9a-f]{4,}\b", r"\b[0-9a-f]{32,}\b", r"(?<![\w/])/(?:[^\s/:'\"<>]+/)*[^\s/:'\"<>]+",
+    r"\b(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun)\w* (?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec) +\d{1,2}\b",
+    r"\b1[5-9]\d{8}(?:\.\d+)?\b",
     r"\b\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d(?:[.,]\d+)?)?(?:Z|[+-]\d\d:?\d\d)?", r"\b\d{1,2}:\d\d(?::\d\d(?:\.\d+)?)?\b",
     r"\b\d+(?:[.,]\d+)?\s?(?:ns|µs|us|ms|s|sec|secs|seconds?|min|minutes?|it/s)\b")]
 FIGURE = re.compile(r"[-+]?(?:\d+\.\d*|\.\d+|\d+)(?:[eE][-+]?\d+)?")
