@@ -191,8 +191,9 @@ def verify_run(
         latest = [row["run"] for row in ledger.rows(RUNS, order="-started")[:10]]
         raise ParameterError(f"There is no run '{run}'.", did_you_mean(run, latest))
     finished = ledger.rows(STEPS, order="started", run=run, status=["done", "cached"])
+    home = ledger.settings.home
     findings = [Finding(row["step"], row["attempt"], problem) for row in finished
-                for problem in file_problems(ledger.settings.home, row) + record_problems(ledger, row) + notebook_problems(ledger, row)]
+                for problem in file_problems(home, row) + record_problems(ledger, row) + notebook_problems(ledger, row)]
     ended = [*finished, *ledger.rows(STEPS, run=run, status="skipped")]
     missing = set(found[0]["steps"]) - {row["of"] or row["step"] for row in ended} if found[0]["status"] == "done" else set()
     return findings + [Finding(step, 0, "The run is called done, but this step is not.") for step in sorted(missing)]

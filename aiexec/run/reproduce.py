@@ -106,7 +106,11 @@ def as_written(nb: dict, path: Path) -> Path:
     return write_text(path, json.dumps({**nb, "cells": cells, "metadata": metadata}))
 
 
-def given_again(notebook: Path, proof: dict, root: Path) -> tuple[dict[str, Any], dict[str, str]]:  # values, and secrets by reference
+def given_again(
+    notebook: Path,
+    proof: dict[str, Any],
+    root: Path,  # of the project
+) -> tuple[dict[str, Any], dict[str, str]]:  # values, and references of secrets
     "The parameters of then; files where the project has them today."
     values = dict(proof["parameters"])
     for name in proof["inputs"]:
@@ -185,7 +189,8 @@ def made_again(settings: Settings, row: dict, nb: dict, proof: dict, folder: Pat
                     timeout=settings.timeout, environment={**about, **apart}, outputs=declared, collect_to=folder / "outputs",
                     secrets=secrets or None)
     if ended.status != "done":
-        return [Difference(step, "the notebook", f"was {row['status']} and failed ({ended.failure}): {(ended.error or '').rstrip('.')}")]
+        why = (ended.error or "").rstrip(".")
+        return [Difference(step, "the notebook", f"was {row['status']} and failed ({ended.failure}): {why}")]
     after = read_executed(folder / "notebook.ipynb")
     return output_differences(settings.home, row, ended.outputs, tolerance) + cell_differences(step, nb, after, tolerance)
 

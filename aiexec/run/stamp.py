@@ -46,7 +46,8 @@ def cell_digests(nb: dict) -> list[dict[str, Any]]:  # kind, source and outputs 
              "outputs": digest_of([output_text(output) for output in cell.get("outputs", [])])[:32]} for cell in nb["cells"]]
 
 # %% ../../nbs/3_run/33b_stamp.ipynb #e3776053
-ASK_GIT = ("git", "-c", "core.fsmonitor=false", "--no-optional-locks", "status", "--porcelain=v2", "--branch", "--untracked-files=no")
+ASK_GIT = ("git", "-c", "core.fsmonitor=false", "--no-optional-locks", "status", "--porcelain=v2", "--branch",
+           "--untracked-files=no")
 
 
 def ask_git(folder: Path) -> subprocess.Popen | None:
