@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PRELOAD', 'START', 'READ_AT_START', 'SET', 'RIGHTS', 'SPACES', 'LIMITS', 'PATH', 'PORTS', 'READY', 'SETTLED',
            'other_variable', 'encoding', 'loaded', 'shadow', 'added', 'standing', 'other_standing', 'connection',
-           'refusal', 'settle', 'draw', 'measured', 'become_spare', 'few_modules', 'files', 'wait', 'adopt', 'remember',
-           'plot']
+           'refusal', 'settle', 'draw', 'measured', 'become_spare', 'parse', 'init_code', 'few_modules', 'files',
+           'known', 'wait', 'adopt', 'remember', 'plot']
 
 # %% ../../nbs/3_run/38_forked.ipynb #45851d2c
 import importlib.util
@@ -29,7 +29,7 @@ from .warm import MEMORY_HISTORY
 # %% ../../nbs/3_run/38_forked.ipynb #6333ef16
 PRELOAD = (
     "ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.debugger", "ipykernel.comm",
-    "IPython.core.completer", "IPython.core.completerlib", "IPython.extensions.storemagic", "matplotlib_inline.config", "pdb",
+    "IPython.core.completer", "IPython.core.completerlib", "IPython.core.debugger", "IPython.core.oinspect", "IPython.extensions.storemagic", "matplotlib_inline.config", "pdb",
     "logging.config", "sqlite3", "tornado.platform.asyncio", "zmq.eventloop.zmqstream",
     "numpy", "pandas", "pyarrow", "pyarrow.parquet", "matplotlib.pyplot",
     "sklearn.compose", "sklearn.ensemble", "sklearn.impute", "sklearn.linear_model", "sklearn.metrics",
@@ -217,28 +217,51 @@ def become_spare(
 
     # parent 1: one that ipykernel neither polls nor greets on the terminal
     app = IPKernelApp.instance(parent_handle=1, transport="ipc", ip=f"{folder}/s", connection_file=f"{folder}/c.json", **PORTS)
+    app.parse_command_line = lambda _: parse(app)
     app.init_path = lambda: (wait(app, channel), IPKernelApp.init_path(app))
-    with few_modules():
-        app.initialize([MEMORY_HISTORY])
+    app.init_code = lambda: init_code(app)
+    with few_modules("ipykernel.ipkernel"):
+        app.initialize([])
     plot()
     app.start()
 
 
+def parse(app: Any) -> None:
+    "What the arguments of a plain kernel come to; to parse them takes longer than all the rest."
+    from traitlets.config import Config
+
+    app.cli_config, app.extra_args = Config(HistoryManager={"hist_file": ":memory:"}), []
+    app.update_config(app.cli_config)
+
+
+def init_code(app: Any) -> None:
+    "Run what the user's configuration asks to be run first."
+    with few_modules("IPython.core.shellapp"):
+        type(app).init_code(app)
+    app.shell._sys_modules_keys = files().keys()
+
+
 @contextmanager
-def few_modules() -> Iterator[None]:
-    "ipykernel lists the files of all modules for its debugger, which would copy the memory they live in: 28 MB."
-    kernels = sys.modules["ipykernel.ipkernel"]
-    kernels.sys = SimpleNamespace(**vars(sys) | {"modules": {}})
+def few_modules(room: str) -> Iterator[None]:  # of ipykernel or IPython
+    "Both list all modules, which would copy the memory those live in: 35 MB. What they want of it is known before the fork."
+    module = sys.modules[room]
+    module.sys = SimpleNamespace(**vars(sys) | {"modules": {}})
     try:
         yield
     finally:
-        kernels.sys = sys
+        module.sys = sys
 
 # %% ../../nbs/3_run/38_forked.ipynb #f913d310
 @cache
-def files() -> list[str]:
-    "The files of all loaded modules; found once, before any fork."
-    return [module.__file__ for module in list(sys.modules.values()) if getattr(module, "__file__", None)]
+def files() -> dict[str, str]:
+    "The file of each loaded module, or the empty text; found once, before any fork."
+    return {name: getattr(module, "__file__", None) or "" for name, module in list(sys.modules.items())}
+
+
+@cache
+def known() -> list[str]:
+    "The files that a debugger does not stop in."
+    return [file for file in files().values() if file]
 
 
 READY, SETTLED = b"r", b"s"
@@ -247,7 +270,7 @@ READY, SETTLED = b"r", b"s"
 def wait(app: Any, channel: socket.socket) -> None:
     "Say that the kernel is set up, wait for its order and become what is ordered."
     sys.modules["ipykernel.ipkernel"].sys = sys
-    app.kernel._kernel_modules = app.kernel.debugger.kernel_modules = files()
+    app.kernel._kernel_modules = app.kernel.debugger.kernel_modules = known()
     folder = os.path.dirname(app.connection_file)
     channel.sendall(READY)
     with channel, channel.makefile("rb") as lines:
@@ -297,6 +320,8 @@ def remember(shell: Any) -> None:
 def plot() -> None:
     "Have matplotlib, if it was imported ahead, draw where a notebook's variables say."
     if "matplotlib.pyplot" in sys.modules:
-        sys.modules["matplotlib"].rcParams["backend"] = os.environ["MPLBACKEND"]  # ipykernel sets it if it is not set
+        backend, settings = os.environ["MPLBACKEND"], sys.modules["matplotlib"].rcParams  # ipykernel sets it if it is not set
+        # to check the usual one, matplotlib would read what is installed: 10 ms
+        settings._set("backend", backend) if backend.startswith("module://") else settings.update(backend=backend)
         # it ties itself to the shell when it is imported, which is at the first figure
         sys.modules.pop("matplotlib_inline.backend_inline", None)

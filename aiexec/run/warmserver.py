@@ -407,7 +407,7 @@ def serve(
     preloaded = preload(chosen(os.environ.get("AIEXEC_PRELOAD", "")))
     if "aiexec.run.notebook" in preloaded:
         import_module(KINDS["command"]).practise()
-    forked.loaded(), forked.files()
+    forked.loaded(), forked.known()
     rehearse()
     gc.collect()
     gc.freeze()
