@@ -64,6 +64,7 @@ def check_parameters(parameters: dict[str, Any]) -> None:
 
 # %% ../../nbs/3_run/32_notebook.ipynb #9837a59c
 logging.getLogger("papermill.parameterize").setLevel(logging.ERROR)  # that there is no cell for parameters is checked elsewhere
+nbformat.v4.new_code_cell()  # the first one builds the checker of all: 35 ms, which a process forked later need not spend
 
 
 def read_notebook(path: Path) -> nbformat.NotebookNode:
