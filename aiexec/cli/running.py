@@ -51,7 +51,7 @@ def run_text(data: dict, run=None) -> str:
     rows = rows if measured else [{name: row[name] for name in row if name not in ("cpu s", "MB")} for row in rows]
     return "\n".join([table(rows, f"Run {data['run']}: {data['status']}"), *slow_cells(run)])
 
-
+# %% ../../nbs/9_show/98a_running.ipynb #3c59f6e4
 def slow_cells(run, least: float = 1.0) -> list[str]:  # seconds
     "The cells that took longest, of the steps that ran."
     timed = [(cell["seconds"], f"{name} cell {number}", step.seconds) for name, step in (run.steps.items() if run else ())
@@ -76,8 +76,8 @@ def listener(teller: Teller):
 
     def listen(event) -> None:
         if event.status in ("started", "cell", "waiting"):
-            where = f" cell {event.cell} of {event.cells}" if event.cell else f" waits for {event.waiting}" if event.waiting else ""
-            under_way[event.step] = event.step + (where or " …")
+            where = f"waits for {event.waiting}" if event.waiting else f"cell {event.cell} of {event.cells}" if event.cell else "…"
+            under_way[event.step] = f"{event.step} {where}"
             if event.waiting and event.seconds:  # a failed attempt
                 teller.done(f"{event.step:<10} waits {event.seconds:.1f} s for {event.waiting}")
         else:
@@ -98,13 +98,13 @@ def work_options(function):
     for option in (
         click.option("-j", "--jobs", default=1, show_default=True, type=click.IntRange(1), help="How many at a time."),
         click.option("--keep-going", is_flag=True, help="After a failure, go on with what does not need it."),
-        click.option("--junit", type=click.Path(), metavar="FILE", help="Write a JUnit report, in which each notebook is a test."),
-        click.option("--html", type=click.Path(), metavar="PATH", help="Write each executed notebook as a page: a file, or a folder."),
+        click.option("--junit", type=click.Path(), metavar="FILE", help="Write a JUnit report: each notebook is a test."),
+        click.option("--html", type=click.Path(), metavar="PATH", help="Write executed notebooks as pages: a file, or a folder."),
     ):
         function = option(function)
     return function
 
-
+# %% ../../nbs/9_show/98a_running.ipynb #9bf7c794
 def worked(work, ledger, junit: str | None, html: str | None) -> Answer:  # work: runs something, told a listener
     "Run, and write the reports whether it ended well or not."
     run = ""
@@ -121,7 +121,7 @@ def worked(work, ledger, junit: str | None, html: str | None) -> Answer:  # work
         if run:
             write_reports(run, ledger, junit, html)
 
-
+# %% ../../nbs/9_show/98a_running.ipynb #c06f7549
 def write_reports(run: str, ledger, junit: str | None, html: str | None) -> None:
     "Write a run's JUnit report and its steps as pages."
     from aiexec.run.records import STEPS
@@ -150,7 +150,7 @@ def write_reports(run: str, ledger, junit: str | None, html: str | None) -> None
 @click.option("--past", help="Partitions that training reads, with commas: 2013-01,2013-02.")
 @click.option("-o", "--output", type=click.Path(), help="For a notebook: where the executed copy goes; for a grid, its folder.")
 @click.option("--grid", is_flag=True, help="For a notebook: run it for every combination of the values, given with commas.")
-@click.option("--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="For a notebook: how long it may take.")
+@click.option("--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="For a notebook.")
 @work_options
 @verb
 def run(target, pairs, file, only, start_at, trigger, past, output, grid, timeout, jobs, keep_going, junit, html):
@@ -169,7 +169,7 @@ def run(target, pairs, file, only, start_at, trigger, past, output, grid, timeou
                                               keep_going=keep_going, settings=settings, ledger=ledger, progress=listen),
                   ledger, junit, html)
 
-
+# %% ../../nbs/9_show/98a_running.ipynb #70b95aaf
 def asked(usecase, pairs: tuple, file: str | None, ledger, only=(), trigger: str = "schedule", start_at: str = "",
           past: str | None = None) -> tuple[tuple[str, ...], dict[str, Any]]:
     "The steps that are meant, and what they are given: by the record, and by what was typed."
@@ -232,7 +232,7 @@ def why(target, usecase, pairs):
         raise ParameterError(f"{case.name} has no step '{target}'.", did_you_mean(step, case.pipeline))
     return reasons(found)
 
-
+# %% ../../nbs/9_show/98a_running.ipynb #e8ebb6cc
 def last_values(usecase, steps, ledger) -> dict[str, Any]:
     "What the last run that had one of these steps was given."
     from aiexec.run.records import RUNS
@@ -267,9 +267,8 @@ def runs(usecase, limit):
     for step in ledger.rows(STEPS, order="started", run=broken, status=["failed", "cancelled"]) if broken else ():
         failed.setdefault(step["run"], []).append(step["step"])
     rows = [row | {"failed": list(dict.fromkeys(failed.get(row["run"], []))), "seconds": lasted(row)} for row in rows]
-    shown = [{name: row[name] for name in ("run", "usecase", "partition", "status")} |
-             {"failed": ", ".join(row["failed"]), "started": row["started"][:19], "seconds": row["seconds"], "actor": row["actor"]}
-             for row in rows]
+    words = ("run", "usecase", "partition", "status", "failed", "started", "seconds", "actor")
+    shown = [{word: row[word] for word in words} | {"failed": ", ".join(row["failed"]), "started": row["started"][:19]} for row in rows]
     return Answer(rows, table(shown, "Runs"))
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUIETLY', 'READY', 'quiet', 'complete', 'sound', 'prepared', 'usable', 'tracking_ready', 'make_database',
            'tracking_client', 'experiment', 'brief', 'is_number', 'named', 'given', 'measured', 'told', 'inputs_seen',
-           'MlflowRecorder']
+           'running', 'MlflowRecorder']
 
 # %% ../../nbs/4_model/40_tracking.ipynb #7ec7b9c9
 import os
@@ -202,6 +202,13 @@ def inputs_seen(inputs: dict[str, str]) -> "list[DatasetInput]":
 
     return [DatasetInput(Dataset(name, sha[:36], "local", source=name)) for name, sha in inputs.items()]
 
+# %% ../../nbs/4_model/40_tracking.ipynb #51da3e47
+def running(client: "MlflowClient", usecase: str, run: str) -> list[str]:  # MLflow's run ids
+    "The runs of the steps of one run that have not ended."
+    place = client.get_experiment_by_name(usecase)
+    asked = f"attributes.status = 'RUNNING' and tags.`aiexec.run` = '{run}'"
+    return [one.info.run_id for one in client.search_runs([place.experiment_id], asked)] if place else []
+
 # %% ../../nbs/4_model/40_tracking.ipynb #31ad85d5
 class MlflowRecorder:
     "Records each step of a run in MLflow."
@@ -250,7 +257,4 @@ class MlflowRecorder:
     def left_open(self, usecase: UseCase, run: str) -> list[str]:  # MLflow's run ids
         "The runs of steps that nobody closed, since the runner was killed."
         with quiet():
-            place = self.client.get_experiment_by_name(usecase.name)
-            asked = f"attributes.status = 'RUNNING' and tags.`aiexec.run` = '{run}'"
-            found = self.client.search_runs([place.experiment_id], asked) if place else []
-        return [one.info.run_id for one in found]
+            return running(self.client, usecase.name, run)

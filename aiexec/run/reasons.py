@@ -63,7 +63,7 @@ def why_run(
         raise ParameterError(f"There is no run '{run}'.", did_you_mean(run, latest))
     return [why_row(ledger, row) for row in rows]
 
-
+# %% ../../nbs/3_run/35g_reasons.ipynb #23173443
 def why_row(ledger: Ledger, row: dict) -> Reason:
     "Why one attempt was made."
     if row["status"] == "skipped":
@@ -105,7 +105,7 @@ def why_step(work: Work, step: str, found: dict[str, Reason]) -> list[Reason]:
         return [Reason(step, "would run", (f"What it goes through is not known: {error.problem}",))]
     return [why_instance(work, one, found) for one in units]
 
-
+# %% ../../nbs/3_run/35g_reasons.ipynb #424f80ab
 def why_instance(work: Work, instance: Instance, found: dict[str, Reason]) -> Reason:
     "The same for one instance."
     name, before = instance.name, work.graph.feeding(instance.step)

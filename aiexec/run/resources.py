@@ -115,7 +115,7 @@ class Lease:
         "How a kernel learns which GPUs are its own."
         return {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)} if self.gpus else {}
 
-
+# %% ../../nbs/3_run/35c_resources.ipynb #bbc066a7
 @dataclass
 class Pool:
     "The machine, as it is shared out among the steps of a run."

@@ -170,7 +170,7 @@ def carry_out(usecase: UseCase, row: dict, parts: Parts, jobs: int, keep_going: 
         end_run(work.ledger, work.run, "done", "", work.fence, partial(tell_pending, work))
     return Run(work.run, usecase.name, row["partition"], "done", work.results)
 
-
+# %% ../../nbs/3_run/35f_runner.ipynb #02fe0082
 def failure_of(plan: Plan) -> AiexecError:
     "What to raise when steps failed: the first failure, and how many there were besides."
     first, more = plan.failures[0], len(plan.failures) - 1

@@ -127,7 +127,7 @@ def expand(plan: Plan, step: str) -> None:
         else:
             settle(plan, instance, state, why)
 
-
+# %% ../../nbs/3_run/35e_scheduler.ipynb #d4f8f7ad
 def settle_whole(plan: Plan, step: str, state: str, why: str) -> None:
     "End a step before it has become anything."
     plan.left[step] = 1
@@ -198,7 +198,7 @@ def begin(plan: Plan, threads: ThreadPoolExecutor | AtOnce) -> None:
             if plan.jobs == 1:
                 return
 
-
+# %% ../../nbs/3_run/35e_scheduler.ipynb #8ff7094c
 def say_waiting(plan: Plan, name: str, request: Request) -> None:
     "Tell once what an instance waits for."
     if name not in plan.told:

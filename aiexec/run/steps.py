@@ -95,7 +95,7 @@ def record_soon(work: Work, row: dict, event: str) -> None:
         work.pending.append((event, row))
         work.rows[row["step"]] = row
 
-
+# %% ../../nbs/3_run/35d_steps.ipynb #82c0344b
 def record_pending(work: Work, instance: Instance) -> None:
     "Record now what was put off, if an instance asks the ledger for a table by its name."
     given = work.values_of(instance)
@@ -121,7 +121,7 @@ def part_of(work: Work, row: dict) -> str:  # 2013-04:carrier-AA
     parts = [row["partition"], *(f"{name}-{plainly(value).replace('~', '-')}" for name, value in others.items())]
     return ":".join(filter(None, parts))
 
-
+# %% ../../nbs/3_run/35d_steps.ipynb #ca0b47fc
 def new_row(work: Work, instance: Instance, status: str, **facts: Any) -> dict:
     "The first record of an attempt."
     work.attempts[instance.name] += 1
@@ -205,7 +205,7 @@ def execute_step(work: Work, instance: Instance, values: dict, inputs: dict, mar
         raise
     return close_step(work, row, ended, inputs, ended.status)
 
-
+# %% ../../nbs/3_run/35d_steps.ipynb #1a370c4a
 def tell_cell(work: Work, name: str, cell: int, cells: int, status: str) -> None:
     "Tell which cell runs."
     if status == "started":
