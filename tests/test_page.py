@@ -12,7 +12,7 @@ from aiexec.errors import NotebookError
 from aiexec.run.kernels import WarmKernels
 from aiexec.run.notebook import execute
 from aiexec.run.page import page, write_page
-from test_checkpoints import write
+from .test_checkpoints import write
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = """<script>document.title='owned'</script><img src=x onerror="document.title='owned'"><a id=link href="javascript:document.title='owned'">a</a>

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TAG', 'ALWAYS', 'INJECTED', 'MARK', 'NAMED', 'as_cell', 'named', 'has_checkpoints', 'ask', 'seal', 'read_record',
-           'prune', 'Checkpoints']
+           'prune', 'authors', 'before', 'after', 'tagged', 'Checkpoints', 'tell', 'place', 'taken_up', 'give_back',
+           'made_anew', 'keep', 'written', 'write_record']
 
 # %% ../../nbs/3_run/32b_checkpoints.ipynb #1fda3de7
 import hashlib
@@ -92,10 +93,32 @@ def prune(folder: Path, keep: int, room: int) -> None:
         if path.name.split("-")[0] not in held and (path.name[0] != "." or time.time() - path.stat().st_mtime > 3600):
             path.unlink(missing_ok=True)
 
-# %% ../../nbs/3_run/32b_checkpoints.ipynb #faf31ec0
+# %% ../../nbs/3_run/32b_checkpoints.ipynb #c1d0f561
+def authors(cells: list[Any], index: int) -> list[Any]:
+    "The cells down to one, without those that were put in."
+    return [cell for cell in cells[:index + 1] if not {INJECTED, MARK} & set(cell.metadata.get("tags", ()))]
+
+
+def before(cells: list[Any], index: int) -> list[Cell]:
+    "The author's code down to a cell."
+    return [cell for cell in map(as_cell, count(1), authors(cells, index)) if cell.kind == "code"]
+
+
+def after(cells: list[Any], index: int) -> Needs:
+    "What the cells below one need."
+    declared = named(as_cell(0, cells[index]))
+    return needs(map(as_cell, count(1), cells[index + 1:])) if declared is None else Needs(frozenset(declared))
+
+
+def tagged(cells: list[Any]) -> list[int]:
+    "The cells after which a checkpoint is of use: code follows."
+    code = [index for index, cell in enumerate(cells) if cell.cell_type == "code"]
+    return [index for index in code[:-1] if TAG in cells[index].metadata.get("tags", ())]
+
+# %% ../../nbs/3_run/32b_checkpoints.ipynb #984a3344
 @dataclass
 class Checkpoints:
-    "Takes up what an earlier attempt kept, and keeps what this one makes; `execute` calls it."
+    "Takes up what an earlier attempt kept, and keeps what this one makes."
 
     folder: Path  # of this step or notebook, and of nothing else
     parts: Callable[[int], dict[str, str]]  # what the first so many cells depend on beside their code
@@ -108,121 +131,118 @@ class Checkpoints:
     run: Callable | None = field(default=None, init=False)  # silent code to the kernel's reply
     at: int = field(default=-1, init=False)  # index of the cell after which this kernel goes on
     held: bool = field(default=False, init=False)  # whether the kernel waits for the cells that always run
-    found: dict[int, dict[str, str]] = field(default_factory=dict, init=False)  # parts by index, as they were before the cells ran
+    found: dict[int, dict[str, str]] = field(default_factory=dict, init=False)  # parts by index, before the cells ran
     counts: dict[int, int] = field(default_factory=dict, init=False)  # number in brackets by index, as they were
 
-    @property
-    def tagged(self) -> list[int]:
-        "The cells after which a checkpoint is of use."
-        code = [index for index, cell in enumerate(self.cells) if cell.cell_type == "code"]
-        return [index for index in code[:-1] if TAG in self.cells[index].metadata.get("tags", ())]
-
-    def authors(self, index: int) -> list[Any]:
-        "The cells down to one, without those that were put in."
-        return [cell for cell in self.cells[:index + 1] if not {INJECTED, MARK} & set(cell.metadata.get("tags", ()))]
-
-    def before(self, index: int) -> list[Cell]:
-        "The author's code down to a cell."
-        return [cell for cell in map(as_cell, count(1), self.authors(index)) if cell.kind == "code"]
-
-    def after(self, index: int) -> Needs:
-        "What the cells below need."
-        declared = named(as_cell(0, self.cells[index]))
-        return needs(map(as_cell, count(1), self.cells[index + 1:])) if declared is None else Needs(frozenset(declared))
-
-    def parts_now(self, index: int) -> dict[str, str]:
-        "What the cells down to one depend on, beside their code, as it is now."
-        return self.parts(len(self.authors(index)))
-
-    def path(self, index: int, parts: dict[str, str]) -> Path:
-        "Where the record of a checkpoint is: the name holds all that it depends on."
-        code = [[cell.source, sorted({TAG, ALWAYS} & set(cell.tags))] for cell in self.before(index)]
-        return self.folder / f"{digest_of([code, parts])}.json"
-
     async def begin(self, cells: list[Any], run: Callable, scrub: Callable[[Any], Any]) -> None:
-        "In the fresh kernel, before the first cell: take up the newest valid checkpoint, if there is one."
+        "Take up the newest valid checkpoint, if there is one."
         self.cells, self.run, self.scrub = cells, run, scrub
-        if self.tagged:
-            await ask(self.run, "begin")
-        for index in reversed(self.tagged):
+        if tagged(cells):
+            await ask(run, "begin")
+        for index in reversed(tagged(cells)):
             try:
-                parts = self.found[index] = self.parts_now(index)
-                record = read_record(self.path(index, parts), self.key)
-                if record and await self.taken_up(index, record):
-                    return self.restore(index, record)
+                self.found[index] = self.parts(len(authors(cells, index)))
+                record = read_record(place(self, index, self.found[index]), self.key)
+                if record and await taken_up(self, index, record):
+                    return give_back(self, index, record)
             except (OSError, ValueError, KeyError, AiexecError) as why:
-                self.tell(index, f"is damaged and was not used: {why}")
-
-    async def taken_up(self, index: int, record: dict[str, Any]) -> bool:
-        "Whether the kernel holds now what the checkpoint does."
-        need, missing = self.after(index), set(record["there"]) - set(record["names"])
-        missing &= missing if need.everything else need.names
-        if missing and named(as_cell(0, self.cells[index])) is None:
-            self.tell(index, f"was not used: the cells below read {min(missing)} now, which it does not hold")
-            return False
-        first = [*filter(None, (prelude(cell) for cell in self.before(index) if ALWAYS not in cell.tags))]
-        said = await ask(self.run, "take_up", file=str(self.folder / record["state"]), digest=record["digest"], first=first)
-        if "refused" in said:
-            self.tell(index, f"is damaged and was not used: {said['refused']}")
-        return "refused" not in said
-
-    def restore(self, index: int, record: dict[str, Any]) -> None:
-        "Give the cells their outputs from the attempt that made them."
-        self.at, self.held = index, True
-        code = [number for number, cell in enumerate(self.cells[:index + 1]) if cell.cell_type == "code"]
-        self.counts = dict(zip(code, record["counts"])) if len(code) == len(record["counts"]) else {}
-        for cell, kept in zip((cell for cell in self.authors(index) if cell.cell_type == "code"), record["cells"], strict=True):
-            if ALWAYS not in cell.metadata.get("tags", ()):
-                cell.outputs, cell.execution_count = from_dict(kept["outputs"]), kept["execution_count"]
-                cell.metadata["papermill"] = from_dict(kept["papermill"])
-                cell.metadata["aiexec"] = {"status": "restored", "made": record["made"]}
+                tell(self, index, f"is damaged and was not used: {why}")
 
     async def restored(self, index: int) -> bool:
-        "Whether a cell need not run; called for each code cell in turn."
+        "Whether a cell need not run; raises `RuntimeError` when the kernel cannot go on from its checkpoint after all."
         if self.held and index > self.at:
             self.held = False
-            await ask(self.run, "apply")
+            if "refused" in (said := await ask(self.run, "apply")):
+                raise RuntimeError(f"the kernel could not go on from its checkpoint: {said['refused']}")
         done = self.cells[index].metadata.get("aiexec", {}).get("status") == "restored"
         if not done and index <= self.at and self.counts.get(index):
             await ask(self.run, "number", count=self.counts[index])
         return done
 
     async def ended(self, index: int) -> None:
-        "After a cell that ran well: keep what is needed below, if it is tagged."
-        if index not in self.tagged or index <= self.at:
-            return
-        always = [cell for cell in self.before(index) if ALWAYS in cell.tags]
-        anew = given_by(always) - given_by([cell for cell in self.before(index) if ALWAYS not in cell.tags])
-        apart = {**{name: json.dumps(value, default=str) for name, value in self.parameters.items()}, **dict.fromkeys(anew)}
-        try:
-            parts, need = self.parts_now(index), self.after(index)
-            changed = [name for name, value in self.found.get(index, {}).items() if parts.get(name, value) != value]
-            if changed:
-                return self.tell(index, f"was not made: the {changed[0]} changed while the cells ran")
-            path = self.path(index, parts)
-            state = f"{path.stem}-{secrets.token_hex(4)}.state"
-            said = await ask(self.run, "keep", file=str(self.folder / state), names=sorted(need.names), apart=apart,
-                             own=sorted(given_by(self.before(index)[-1:])), alone=named(self.before(index)[-1]) is not None,
-                             everything=need.everything, limit=self.limit)
-            if "refused" in said:
-                remedy = ". Make it in a cell tagged always, or name what is to be kept: # checkpoint: a, b" if "variable" in said else ""
-                return self.tell(index, f"was not made: {said['refused']}{remedy}")
-            self.record(index, path, state, said)
-        except (OSError, ValueError, AiexecError) as why:
-            self.tell(index, f"was not made: {why}")
+        "Keep what is needed below a cell that ran well, if it is tagged."
+        if index in tagged(self.cells) and index > self.at:
+            await keep(self, index)
 
-    def record(self, index: int, path: Path, state: str, said: dict[str, Any]) -> None:
-        "Write the sealed record, and remove what is too old."
-        kept = [{**{part: cell[part] for part in ("outputs", "execution_count")}, "papermill": cell.metadata.get("papermill", {})}
-                for cell in self.authors(index) if cell.cell_type == "code"]
-        made = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
-        counts = [cell.execution_count for cell in self.cells[:index + 1] if cell.cell_type == "code"]
-        about = {**said, "state": state, "counts": counts, "cells": self.scrub(json.loads(json.dumps(kept))), "made": made}
-        write_text(path, json.dumps({"about": about, "seal": seal(self.key, about)}))
-        for old in set(self.folder.glob(f"{path.stem}-*.state")) - {self.folder / state}:
-            old.unlink(missing_ok=True)
-        prune(self.folder, max(4, 2 * len(self.tagged)), 2 * self.limit)
+# %% ../../nbs/3_run/32b_checkpoints.ipynb #92fca3de
+def tell(kept: Checkpoints, index: int, what: str) -> None:
+    "A notice for whoever reads how the run went."
+    kept.notices.append(f"The checkpoint after cell {before(kept.cells, index)[-1].number} {what}.")
 
-    def tell(self, index: int, what: str) -> None:
-        "A notice for whoever reads how the run went."
-        self.notices.append(f"The checkpoint after cell {self.before(index)[-1].number} {what}.")
+
+def place(kept: Checkpoints, index: int, parts: dict[str, str]) -> Path:
+    "Where the record of a checkpoint is: the name holds all that it depends on."
+    code = [[cell.source, sorted({TAG, ALWAYS} & set(cell.tags))] for cell in before(kept.cells, index)]
+    return kept.folder / f"{digest_of([code, parts])}.json"
+
+# %% ../../nbs/3_run/32b_checkpoints.ipynb #8d69c338
+async def taken_up(kept: Checkpoints, index: int, record: dict[str, Any]) -> bool:
+    "Whether the kernel holds now what the checkpoint does."
+    need, missing = after(kept.cells, index), set(record["there"]) - set(record["names"])
+    missing &= missing if need.everything else need.names
+    if missing and named(as_cell(0, kept.cells[index])) is None:
+        tell(kept, index, f"was not used: the cells below read {min(missing)} now, which it does not hold")
+        return False
+    first = [*filter(None, (prelude(cell) for cell in before(kept.cells, index) if ALWAYS not in cell.tags))]
+    said = await ask(kept.run, "take_up", file=str(kept.folder / record["state"]), digest=record["digest"], first=first)
+    if "refused" in said:
+        tell(kept, index, f"is damaged and was not used: {said['refused']}")
+    return "refused" not in said
+
+
+def give_back(kept: Checkpoints, index: int, record: dict[str, Any]) -> None:
+    "Give the cells their outputs from the attempt that made them."
+    kept.at, kept.held = index, True
+    code = [number for number, cell in enumerate(kept.cells[:index + 1]) if cell.cell_type == "code"]
+    kept.counts = dict(zip(code, record["counts"])) if len(code) == len(record["counts"]) else {}
+    mine = (cell for cell in authors(kept.cells, index) if cell.cell_type == "code")
+    for cell, one in zip(mine, record["cells"], strict=True):
+        if ALWAYS not in cell.metadata.get("tags", ()):
+            cell.outputs, cell.execution_count = from_dict(one["outputs"]), one["execution_count"]
+            cell.metadata["papermill"] = from_dict(one["papermill"])
+            cell.metadata["aiexec"] = {"status": "restored", "made": record["made"]}
+
+# %% ../../nbs/3_run/32b_checkpoints.ipynb #8bf0b380
+def made_anew(kept: Checkpoints, index: int) -> dict[str, str | None]:
+    "The variables that the next kernel makes itself: those of cells that always run, and parameters that are still as given."
+    cells = before(kept.cells, index)
+    once, always = ([cell for cell in cells if (ALWAYS in cell.tags) == which] for which in (False, True))
+    given = {name: json.dumps(value, default=str) for name, value in kept.parameters.items()}
+    return {**given, **dict.fromkeys(given_by(always) - given_by(once))}
+
+# %% ../../nbs/3_run/32b_checkpoints.ipynb #63f5f1a2
+async def keep(kept: Checkpoints, index: int) -> None:
+    "Make a checkpoint, or say why there is none."
+    try:
+        await written(kept, index)
+    except (OSError, ValueError, AiexecError) as why:
+        tell(kept, index, f"was not made: {why}")
+
+
+async def written(kept: Checkpoints, index: int) -> None:
+    "Have the kernel write what is needed below a cell, and record it."
+    parts, need, cell = kept.parts(len(authors(kept.cells, index))), after(kept.cells, index), before(kept.cells, index)[-1]
+    changed = [name for name, value in kept.found.get(index, {}).items() if parts.get(name, value) != value]
+    if changed:
+        return tell(kept, index, f"was not made: the {changed[0]} changed while the cells ran")
+    path = place(kept, index, parts)
+    state = kept.folder / f"{path.stem}-{secrets.token_hex(4)}.state"
+    said = await ask(kept.run, "keep", file=str(state), names=sorted(need.names), everything=need.everything, limit=kept.limit,
+                     own=sorted(given_by([cell])), alone=named(cell) is not None, apart=made_anew(kept, index))
+    if "refused" not in said:
+        return write_record(kept, index, path, {**said, "state": state.name})
+    remedy = ". Make it in a cell tagged always, or name what is to be kept: # checkpoint: a, b" if "variable" in said else ""
+    tell(kept, index, f"was not made: {said['refused']}{remedy}")
+
+# %% ../../nbs/3_run/32b_checkpoints.ipynb #8e55826d
+def write_record(kept: Checkpoints, index: int, path: Path, said: dict[str, Any]) -> None:
+    "Write the sealed record, and remove what is too old."
+    code = [cell for cell in kept.cells[:index + 1] if cell.cell_type == "code"]
+    cells = [{"outputs": cell.outputs, "execution_count": cell.execution_count, "papermill": cell.metadata.get("papermill", {})}
+             for cell in authors(kept.cells, index) if cell.cell_type == "code"]
+    about = {**said, "counts": [cell.execution_count for cell in code], "cells": kept.scrub(json.loads(json.dumps(cells))),
+             "made": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC"}
+    write_text(path, json.dumps({"about": about, "seal": seal(kept.key, about)}))
+    for old in set(kept.folder.glob(f"{path.stem}-*.state")) - {kept.folder / said["state"]}:
+        old.unlink(missing_ok=True)
+    prune(kept.folder, max(4, 2 * len(tagged(kept.cells))), 2 * kept.limit)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['REAL', 'OPENED', 'OPENING', 'ADDED', 'Text', 'real_type', 'in_order', 'python_signature', 'explanation', 'project_of',
-           'new_place', 'kernels_for', 'arguments', 'bound', 'failure', 'NotebookFunction', 'in_parallel', 'notebook']
+           'new_place', 'kernels_for', 'arguments', 'bound', 'failure', 'run_once', 'NotebookFunction', 'in_parallel',
+           'notebook']
 
 # %% ../../nbs/3_run/35z_function.ipynb #7ad1068c
 import ast
@@ -17,7 +18,7 @@ import re
 import secrets
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import date, datetime, timezone
@@ -166,9 +167,43 @@ def failure(path: Path, ending: "Execution", executed: Path) -> RunFailed:
     error.path, error.execution = executed, ending
     return error
 
+# %% ../../nbs/3_run/35z_function.ipynb #4a83b34e
+def run_once(
+    function: "NotebookFunction",
+    declared: Signature,
+    given: dict[str, Any],  # that were checked
+    cancel: threading.Event | None = None,  # ends it when it is set
+    on_cell: Callable | None = None,  # told (number of the cell, of how many, status)
+) -> Result:
+    "Execute a notebook; raises `RunFailed`."
+    from aiexec.run.kernels import KernelSource
+    from aiexec.run.notebook import execute
+    from aiexec.run.resuming import checkpoints_alone
+    from aiexec.run.stamp import stamping_alone
+
+    path, settings = function.path, function.settings
+    place = new_place(path, function.output, settings)
+    values, frames = bound(declared, given, place)
+    for file, frame in frames.items():
+        with writing(file) as fresh:
+            frame.to_parquet(fresh)
+    plain, secret = without_secrets(declared, values)
+    ending = execute(
+        path, place / "notebook.ipynb", plain, secrets=secret, cwd=path.parent, kernels=kernels_for(settings),
+        timeout=function.timeout or (settings.timeout if settings else 1800.0), collect_to=place / "outputs", cancel=cancel,
+        environment=KernelSource(settings, None, ExitStack()).environment() if settings else {},
+        checkpoints=checkpoints_alone(path, plain, settings and settings.root), on_cell=on_cell,
+        stamp=stamping_alone(path, {**plain, **(secret or {})}, settings and settings.root),
+        outputs={one.name: one.annotation for one in declared.outputs})
+    if ending.status != "done":
+        raise failure(path, ending, place / "notebook.ipynb")
+    return Result(place / "notebook.ipynb", ending.seconds, values, ending.outputs)
+
 # %% ../../nbs/3_run/35z_function.ipynb #8cbae2ff
 class NotebookFunction:
     "A notebook as a function."
+
+    run = run_once
 
     def __init__(self, path: Path, output: Path | None = None, timeout: float | None = None):
         self.path, self.output = Path(path).resolve(), output and Path(output).absolute()
@@ -191,30 +226,6 @@ class NotebookFunction:
         named = arguments(declared, given, named)
         bound(declared, named, self.path.parent)  # a refused call leaves no folder behind
         return self.run(declared, named)
-
-    def run(self, declared: Signature, given: dict[str, Any], cancel: threading.Event | None = None, on_cell=None) -> Result:
-        "Execute with arguments that were checked; raises `RunFailed`."
-        from aiexec.run.kernels import KernelSource
-        from aiexec.run.notebook import execute
-        from aiexec.run.resuming import checkpoints_alone
-        from aiexec.run.stamp import stamping_alone
-
-        place = new_place(self.path, self.output, self.settings)
-        values, frames = bound(declared, given, place)
-        for path, frame in frames.items():
-            with writing(path) as fresh:
-                frame.to_parquet(fresh)
-        plain, secret = without_secrets(declared, values)
-        ending = execute(
-            self.path, place / "notebook.ipynb", plain, secrets=secret, cwd=self.path.parent, kernels=kernels_for(self.settings),
-            timeout=self.timeout or (self.settings.timeout if self.settings else 1800.0), collect_to=place / "outputs", cancel=cancel,
-            environment=KernelSource(self.settings, None, ExitStack()).environment() if self.settings else {},
-            checkpoints=checkpoints_alone(self.path, plain, self.settings and self.settings.root), on_cell=on_cell,
-            stamp=stamping_alone(self.path, {**plain, **(secret or {})}, self.settings and self.settings.root),
-            outputs={one.name: one.annotation for one in declared.outputs})
-        if ending.status != "done":
-            raise failure(self.path, ending, place / "notebook.ipynb")
-        return Result(place / "notebook.ipynb", ending.seconds, values, ending.outputs)
 
     def map(self, calls: Iterable[Any], jobs: int | None = None) -> Results:
         "Call it for each of `calls` (a dict of names, a tuple of places, or the first argument), `jobs` at a time."
@@ -243,7 +254,7 @@ def in_parallel(function: NotebookFunction, declared: Signature, calls: list[dic
 
     def call(index: int) -> None:
         try:
-            results[index] = function.run(declared, calls[index], cancel)
+            results[index] = run_once(function, declared, calls[index], cancel)
         except RunFailed as error:
             errors[index] = error
 

@@ -52,7 +52,7 @@ def sets(node: ast.stmt) -> set[str]:
     return stored(*getattr(node, "targets", [])) if isinstance(node, ast.Assign) else (
         stored(node.target) if isinstance(node, ast.AnnAssign) and node.value else set())
 
-
+# %% ../../nbs/3_run/30n_needs.ipynb #0829fa2b
 def read_first(
     statements: Iterable[ast.stmt],
     known: set[str],  # set before; what these statements set for sure is added
@@ -74,7 +74,7 @@ def read_first(
                           and isinstance(one, ast.Name)}
     return names
 
-
+# %% ../../nbs/3_run/30n_needs.ipynb #6d79f1e2
 def branched(node: ast.stmt, known: set[str]) -> set[str]:
     "The same of a statement with branches, none of which may run."
     names = reads(*(getattr(node, part, None) for part in ("test", "iter", "subject"))) - known

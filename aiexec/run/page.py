@@ -37,7 +37,7 @@ def markdown() -> Any:
 
     return MarkdownIt("commonmark").enable(["table", "strikethrough"])
 
-
+# %% ../../nbs/3_run/32d_page.ipynb #2da3970a
 def text_cell(cell: dict) -> str:
     "A text cell, its attached pictures within it."
     source = whole(cell["source"])
@@ -84,7 +84,7 @@ def shown_text(text: str) -> str:
     cut = f"\n… {len(text) - MOST:,} more characters are in the notebook" if len(text) > MOST else ""
     return long_text(terminal(text[:MOST]) + cut)
 
-
+# %% ../../nbs/3_run/32d_page.ipynb #14d92b4e
 def picture(kind: str, data: str) -> str:
     "A picture within the page; as an image, an SVG can run nothing."
     raw = base64.b64encode(data.encode()).decode() if kind == "image/svg+xml" else "".join(data.split())
@@ -95,7 +95,7 @@ def apart(html: str) -> str:
     "HTML of a library in a tree of its own, so that its style stays within."
     return f'<div class="html"><div><template shadowrootmode="open"><style>{TABLE}</style>{html}</template></div></div>'
 
-
+# %% ../../nbs/3_run/32d_page.ipynb #c57ef717
 def rich_output(data: dict[str, Any]) -> str:
     "One output that comes in several forms."
     for kind in PICTURES:
@@ -112,7 +112,7 @@ def rich_output(data: dict[str, Any]) -> str:
         return f'<p class="note">Shown by a script: open the notebook to see it.</p>{plain}'
     return shown_text(whole(data.get("text/plain", "")) or whole(next(iter(data.values()), "")))
 
-
+# %% ../../nbs/3_run/32d_page.ipynb #de70d081
 def output(one: dict) -> str:
     "One output of a cell."
     match one["output_type"]:
@@ -149,7 +149,7 @@ def effort(number: int | None, about: dict[str, Any], slowest: float) -> str:
     bar = f'<span class="bar"><i style="width:{share:.0f}%"></i></span>' if share >= 2 else ""
     return f'<div class="effort">{name}{bar}{escape(told)}</div>'
 
-
+# %% ../../nbs/3_run/32d_page.ipynb #97ac3a60
 def code_cell(cell: dict, number: int, about: dict[str, Any], slowest: float) -> str:
     "A code cell with what it showed."
     status = about.get("status", "")
@@ -192,7 +192,8 @@ def failure(about: dict[str, Any], number: int | None) -> str:
 
 def slow_cells(runs: list[tuple[int, dict[str, Any]]], most: int = 5) -> str:  # number and record of each code cell
     "The cells that took longest."
-    slow = sorted(((about["seconds"], number) for number, about in runs if (about["seconds"] or 0) >= 0.1), reverse=True)[:most]
+    long = [(about["seconds"], number) for number, about in runs if (about["seconds"] or 0) >= 0.1]
+    slow = sorted(long, key=lambda one: -one[0])[:most]
     rows = "".join(f'<tr><th><a href="#cell-{number}">cell {number}</a><td class="wide"><span class="bar">'
                    f'<i style="width:{100 * seconds / slow[0][0]:.0f}%"></i></span><td>{seconds_text(seconds)}'
                    for seconds, number in slow)
@@ -206,6 +207,8 @@ DARK = """--ink:#e2e7ee;--soft:#98a3b1;--line:#323a45;--paper:#14181e;--field:#1
 TABLE = """:host{display:block}table{border-collapse:collapse;font-size:13px}table{border:0}th,td{padding:3px 10px;
 text-align:right;border:0;border-bottom:1px solid var(--line)}th{font-weight:600}tbody th{font-weight:400;
 color:var(--soft)}img{max-width:100%}a{color:var(--blue)}"""
+
+# %% ../../nbs/3_run/32d_page.ipynb #57af6401
 STYLE = """*{box-sizing:border-box}:root{color-scheme:light dark;LIGHT}@media(prefers-color-scheme:dark){:root{DARK}
 .out>img{background:#fff;border-radius:4px}}body{margin:0 auto;padding:28px 20px 80px;max-width:980px;
 background:var(--paper);color:var(--ink);font:15px/1.55 system-ui,-apple-system,Segoe UI,Roboto,sans-serif}
@@ -233,10 +236,11 @@ margin-right:10px;top:22px;padding-top:11px;color:var(--soft);font:12px ui-monos
 color:var(--soft)}.effort span:first-child{margin-right:auto}.effort .bar{width:90px}
 section.failed .source{border-color:var(--red)}section.failed .bar i{background:var(--red)}.idle .source{opacity:.55}
 .restored .source{border-style:dashed}.out,.err,.trace,.html{margin-top:10px;padding-left:14px}.out .html{padding:0;
-margin:0}.err,.trace{border-left:3px solid var(--amber)}.trace{border-color:var(--red)}.text{contain:content}.html{contain:content;
+margin:0}.err,.trace{border-left:3px solid var(--amber)}.trace{border-color:var(--red)}.text{contain:content}
+.html{contain:content;
 overflow:auto;max-height:460px}.out>img{max-width:100%;height:auto}.note{color:var(--soft);margin:0;font-size:13px}
 details summary{cursor:pointer;color:var(--blue);font-size:13px;padding:4px 0}.mark{background:var(--field);
-border-radius:6px;padding:4px 14px;margin:18px 0 0;font-size:14px;color:var(--soft)}.mark.bad{background:var(--rose);
+border-radius:6px;padding:5px 14px 9px;margin:18px 0 0;font-size:14px;color:var(--soft)}.mark.bad{background:var(--rose);
 color:var(--ink)}.mark p{margin:6px 0}.mark .text pre,.mark code{background:none;padding:0}.a-b{font-weight:600}
 .a1{color:var(--red)}.a2{color:var(--green)}.a3{color:var(--amber)}.a4{color:var(--call)}.a5{color:var(--key)}
 .a6{color:var(--text)}.k,.kn,.kd,.kc,.kr,.ow{color:var(--key)}.s,.s1,.s2,.sa,.sd,.se,.si,.sb,.sr{color:var(--text)}
@@ -255,7 +259,7 @@ def cells_of(nb: dict) -> list[tuple[int, dict, dict]]:  # number, cell, its rec
         found.append((number, cell, noted))
     return found
 
-
+# %% ../../nbs/3_run/32d_page.ipynb #30001d2a
 def body(nb: dict) -> str:
     "All cells."
     cells, written = cells_of(nb), []
@@ -270,7 +274,7 @@ def body(nb: dict) -> str:
             written.append(code_cell(cell, number, about, slowest))
     return "\n".join(written)
 
-
+# %% ../../nbs/3_run/32d_page.ipynb #9a4cef2b
 def page(
     nb: dict,  # an executed notebook, as its file says
     title: str,
@@ -282,14 +286,15 @@ def page(
     status = about.get("status") or "not run by aiexec"
     pill = f'<span class="pill {"failed" if status == "failed" else "" if status == "done" else "none"}">{escape(status)}</span>'
     head = f'<h1>{escape(title)} {pill}</h1><div class="facts">{"".join(f"<span>{one}</span>" for one in facts(nb))}</div>'
+    notice = f'<p class="note">{escape(about["notice"])}</p>' if about.get("notice") else ""
     sides = f'<div class="sides">{parameters(nb)}{slow_cells(runs)}</div>'
     style = STYLE.replace("LIGHT", COLOURS).replace("DARK", DARK)
     return (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
             f'<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="referrer" content="no-referrer">'
             f"<title>{escape(title)}</title><style>{style}</style>"
-            f"<header>{head}{failure(about, culprit)}{sides}</header>\n<main>{body(nb)}</main></html>\n")
+            f"<header>{head}{notice}{failure(about, culprit)}{sides}</header>\n<main>{body(nb)}</main></html>\n")
 
-
+# %% ../../nbs/3_run/32d_page.ipynb #82d67f0a
 def write_page(
     executed: Path,  # an .ipynb file
     target: Path | None = None,  # by default beside it, as .html

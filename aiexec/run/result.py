@@ -17,6 +17,9 @@ from ..errors import did_you_mean
 class Picture(type(Path())):
     "The file of a figure, which a notebook shows as a picture."
 
+    def __repr__(self) -> str:
+        return f"Picture({self.name!r})"
+
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
         text = self.read_text(encoding="utf-8")
         if self.suffix == ".svg":

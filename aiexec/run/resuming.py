@@ -42,14 +42,14 @@ def named_elsewhere(notebook: Path, plain: dict[str, Any], root: Path, count: in
             if path.exists() if text in given else path.is_file() and not path.is_relative_to(root):
                 yield path
 
-
+# %% ../../nbs/3_run/33e_resuming.ipynb #e992dfd7
 def parts_down_to(notebook: Path, plain: dict[str, Any], inputs: dict[str, str], root: Path, count: int) -> dict[str, str]:
     "What the first so many cells depend on, beside their code."
     parts = fingerprint(notebook, plain, inputs, root, down_to=count).parts
     parts |= {f"path {path}": digest(path) for path in named_elsewhere(notebook, plain, root, count)}
     return {name: value for name, value in parts.items() if name != "code"}
 
-
+# %% ../../nbs/3_run/33e_resuming.ipynb #ba9fbca2
 def checkpoints_for(
     notebook: Path,
     values: dict[str, Any],  # as the kernel is given them
@@ -86,7 +86,7 @@ def own_key(folder: Path) -> bytes:
             fresh.unlink(missing_ok=True)
     return path.read_bytes()
 
-
+# %% ../../nbs/3_run/33e_resuming.ipynb #d2aa1009
 def checkpoints_alone(
     notebook: Path,
     values: dict[str, Any],

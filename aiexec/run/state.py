@@ -73,7 +73,7 @@ def pandas_options(options: Any = None, before: str = "") -> dict[str, Any]:
         found |= pandas_options(value, f"{before}{name}.") if type(value) is type(options) else {f"{before}{name}": value}
     return found
 
-
+# %% ../../nbs/3_run/39a_state.ipynb #3e2d1f4a
 def set_pandas_options(pandas: ModuleType, kept: dict[str, Any]) -> None:
     "Set those that differ."
     now = pandas_options()
@@ -185,7 +185,7 @@ class Guarded:
         self.hash.update(data)
         return self.file.write(data)
 
-
+# %% ../../nbs/3_run/39a_state.ipynb #8e4e0782
 class Nowhere:
     "Takes bytes and keeps none."
 
@@ -201,7 +201,7 @@ def can_be_kept(value: Any, apart: set[str], limit: int, secrets: list[bytes]) -
         return False
     return True
 
-
+# %% ../../nbs/3_run/39a_state.ipynb #e0b2c36b
 def culprit(variables: dict[str, Any], apart: set[str], limit: int, secrets: list[bytes], cause: Exception) -> str:
     "The variable that cannot be kept, and why."
     for name, value in variables.items():
@@ -247,7 +247,7 @@ def keep(
     own: list[str],  # that the cell itself set: kept if they can be
     everything: bool,  # later cells may need any
     alone: bool = False,  # keep no others
-    apart: dict[str, str | None],  # made anew in the next kernel: these names, unless the value is no more the one that is given as JSON
+    apart: dict[str, str | None],  # made anew in the next kernel: these names, while the value is what stands here as JSON
     limit: int,  # bytes
 ) -> dict[str, Any]:
     "Write the variables and the surroundings to a file, whole or not at all."
@@ -269,7 +269,7 @@ def keep(
         return {"refused": culprit(kept, left, limit, texts, why), "variable": True}
     return {"digest": guarded.hash.hexdigest(), "names": sorted({*kept, *pickler.brought}), "there": sorted(there - left)}
 
-
+# %% ../../nbs/3_run/39a_state.ipynb #bde60c88
 def as_text(value: Any) -> str:
     "A parameter as it travelled, whether it arrived as text or as an object; '' for what no parameter is."
     try:
@@ -308,7 +308,7 @@ def take_up(
     variables.update(held["variables"], __builtins__=builtins)
     return {}
 
-
+# %% ../../nbs/3_run/39a_state.ipynb #2cfb3458
 def apply(variables: dict[str, Any]) -> dict[str, Any]:
     "Make everything as it was when it was kept, once the cells have run that always do."
     held, NOTEBOOK["held"] = NOTEBOOK["held"], None
