@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PR_SET_PDEATHSIG', 'LIBC', 'STOP_SECONDS', 'POLL_SECONDS', 'READY_SECONDS', 'SECONDS', 'die_with_parent',
-           'kill_group', 'ForkedKernel', 'KernelProvisioner', 'Kernel', 'whole_environment', 'WarmKernels',
+           'kill_group', 'ForkedKernel', 'pause', 'KernelProvisioner', 'Kernel', 'whole_environment', 'WarmKernels',
            'begin_server', 'fork', 'short_folder', 'is_running', 'private_folder', 'running_kernel', 'new_manager',
            'ready', 'heard', 'open_kernels', 'is_up', 'KernelSource']
 
@@ -92,6 +92,20 @@ class ForkedKernel:
 STOP_SECONDS, POLL_SECONDS, READY_SECONDS = 5.0, 0.01, 60.0
 SECONDS = "AIEXEC_KERNEL_SECONDS"  # after which a cold kernel is ended, whatever becomes of the runner; not handed on
 
+# %% ../../nbs/3_run/31a_kernels.ipynb #4f7ac209
+async def pause(process: Any) -> None:
+    "Until the kernel has said something about its end, or for a moment."
+    if not isinstance(process, ForkedKernel):
+        return await asyncio.sleep(POLL_SECONDS)
+    loop, heard, said = asyncio.get_running_loop(), asyncio.Event(), process.channel.fileno()
+    loop.add_reader(said, heard.set)
+    try:
+        await asyncio.wait_for(heard.wait(), 10 * POLL_SECONDS)
+    except TimeoutError:
+        return
+    finally:
+        loop.remove_reader(said)  # by number: another who waits may have closed it
+
 # %% ../../nbs/3_run/31a_kernels.ipynb #eb765fda
 class KernelProvisioner(LocalProvisioner):
     "Starts a kernel warm when it can, and cold otherwise."
@@ -122,25 +136,12 @@ class KernelProvisioner(LocalProvisioner):
         "Most kernels leave at once: whoever asked looks only each tenth of a second."
         until = time.monotonic() + STOP_SECONDS / 5
         while self.process and self.process.poll() is None and time.monotonic() < until:
-            await self.pause()
-
-    async def pause(self) -> None:
-        "Until the kernel has said something about its end, or for a moment."
-        if not isinstance(self.process, ForkedKernel):
-            return await asyncio.sleep(POLL_SECONDS)
-        loop, heard, said = asyncio.get_running_loop(), asyncio.Event(), self.process.channel.fileno()
-        loop.add_reader(said, heard.set)
-        try:
-            await asyncio.wait_for(heard.wait(), 10 * POLL_SECONDS)
-        except TimeoutError:
-            return
-        finally:
-            loop.remove_reader(said)  # by number: another who waits may have closed it
+            await pause(self.process)
 
     async def wait(self) -> int | None:
         "Wait for the end and keep the exit code."
         while self.process and self.process.poll() is None:
-            await self.pause()
+            await pause(self.process)
         if self.process:
             self.exit_code, self.process = self.process.returncode, None
             kill_group(self.pgid)

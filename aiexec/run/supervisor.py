@@ -60,7 +60,7 @@ def send(pids: list[int], number: int) -> None:
         except ProcessLookupError:
             continue
 
-
+# %% ../../nbs/3_run/30z_supervisor.ipynb #642cd520
 def end_all(pid: int) -> int | None:  # pid: of the kernel, whose status is returned
     "End all that this process has started, itself excepted."
     status, until = None, time.monotonic() + END_SECONDS
