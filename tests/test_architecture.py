@@ -26,6 +26,9 @@ FOREIGN = {
     "click": {"cli"},
     "rich": {"cli"},
     "ipywidgets": {"show"},
+    "cloudpickle": {"run.state"},
+    "markdown_it": {"run.page"},
+    "pygments": {"run.page"},
     "fastapi": {"serve.service"},
 }
 
