@@ -76,7 +76,8 @@ def listener(teller: Teller):
 
     def listen(event) -> None:
         if event.status in ("started", "cell", "waiting"):
-            where = f"waits for {event.waiting}" if event.waiting else f"cell {event.cell} of {event.cells}" if event.cell else "…"
+            cell = f"cell {event.cell} of {event.cells}" if event.cell else "…"
+            where = f"waits for {event.waiting}" if event.waiting else cell
             under_way[event.step] = f"{event.step} {where}"
             if event.waiting and event.seconds:  # a failed attempt
                 teller.done(f"{event.step:<10} waits {event.seconds:.1f} s for {event.waiting}")
@@ -268,7 +269,8 @@ def runs(usecase, limit):
         failed.setdefault(step["run"], []).append(step["step"])
     rows = [row | {"failed": list(dict.fromkeys(failed.get(row["run"], []))), "seconds": lasted(row)} for row in rows]
     words = ("run", "usecase", "partition", "status", "failed", "started", "seconds", "actor")
-    shown = [{word: row[word] for word in words} | {"failed": ", ".join(row["failed"]), "started": row["started"][:19]} for row in rows]
+    brief = [row | {"failed": ", ".join(row["failed"]), "started": row["started"][:19]} for row in rows]
+    shown = [{word: row[word] for word in words} for row in brief]
     return Answer(rows, table(shown, "Runs"))
 
 

@@ -70,13 +70,14 @@ def why_row(ledger: Ledger, row: dict) -> Reason:
         return Reason(row["step"], "skipped", (row["error"],))
     if row["status"] == "cached":
         return Reason(row["step"], "taken", (f"Nothing had changed since the run {origin(row)}.",), origin(row))
-    earlier = ledger.rows(STEPS, order="-started", limit=100, usecase=row["usecase"], step=row["step"], partition=row["partition"])
+    same = {word: row[word] for word in ("usecase", "step", "partition")}
+    earlier = ledger.rows(STEPS, order="-started", limit=100, **same)
     before = next((one for one in earlier if one["started"] < row["started"]), None)
     what = {"done": "ran"}.get(row["status"], row["status"])
     if before and before["run"] == row["run"]:
-        return Reason(row["step"], what, (f"Its attempt before had {before['status']}: {before['error'] or 'no reason is known'}.",
-                                          *differences(before["parts"] or {}, row["parts"] or {})), before["run"])
-    done = next((one for one in earlier if one["started"] < row["started"] and one["status"] in ("done", "cached")), None)
+        cause = f"Its attempt before had {before['status']}: {before['error'] or 'no reason is known'}."
+        return Reason(row["step"], what, (cause, *differences(before["parts"] or {}, row["parts"] or {})), before["run"])
+    done = next((one for one in earlier if one["started"] < row["started"] and one["status"] in {"done", "cached"}), None)
     return Reason(row["step"], what, compared(done, row["parts"] or {}, about(row)), done["run"] if done else "")
 
 # %% ../../nbs/3_run/35g_reasons.ipynb #575c61b1
