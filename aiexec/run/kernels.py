@@ -116,7 +116,7 @@ class KernelProvisioner(LocalProvisioner):
     async def launch_kernel(self, cmd: list, **options) -> dict:
         "Fork, or start a process that ends with this one."
         environment, cwd = {**options["env"], "JPY_PARENT_PID": str(os.getpid())}, str(options.get("cwd") or os.getcwd())
-        seconds = float(environment.pop(SECONDS, 1e6))
+        seconds = float(environment.pop(SECONDS, supervisor.FOR_EVER))
         self.process, self.notice = await fork(self.kernels, cmd, os.path.abspath(cwd), environment)
         self.kind = "warm" if self.process else "cold"
         if self.process is None and supervisor.POSSIBLE:
