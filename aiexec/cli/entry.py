@@ -124,6 +124,7 @@ def stay(start: bool) -> None:
     "Be the command in this process, and then leave a server for the next one."
     from importlib import import_module
 
+    sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema would build the grammar of IRIs at import: 2 s
     module, _, name = COMMAND.partition(":")
     try:
         getattr(import_module(module), name)()
@@ -144,6 +145,8 @@ def main() -> None:
         code = ask(words)
     except warm.NoServer:
         return stay(start=words[0] in STARTING)
+    except KeyboardInterrupt:  # nothing has begun
+        code = -signal.SIGINT
     if code is None:
         return stay(start=False)
     leave(code)

@@ -13,6 +13,7 @@ import hmac
 import json
 import re
 import secrets
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,6 +22,9 @@ from datetime import datetime, timezone
 from itertools import count
 from pathlib import Path
 from typing import Any
+
+# jsonschema would build the grammar of IRIs at import, which nbformat never checks: 2 s
+sys.modules.setdefault("rfc3987_syntax", None)
 
 from nbformat import from_dict
 
