@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --constraint constraints.txt
 
-.PHONY: demo dashboard test notebooks clean
+.PHONY: demo dashboard test faults notebooks clean
 
 demo: .venv/installed  ## a year of real flights, from definition to money
 	$(BIN)/aiexec demo demo
@@ -13,6 +13,9 @@ dashboard: .venv/installed  ## look at the demo's dashboards
 
 test: .venv/installed-dev  ## everything that must hold
 	$(BIN)/python -m pytest
+
+faults: .venv/installed-dev  ## every fault on runs, in hours; goes on where it stopped: make faults FAULTS="--only syscalls --minutes 20"
+	$(BIN)/python -m tests.faults $(FAULTS)
 
 notebooks: .venv/installed-dev  ## after editing notebooks: library, metadata, README
 	$(BIN)/nbdev-export && $(BIN)/nbdev-clean && $(BIN)/nbdev-clean --fname templates && $(BIN)/python tests/generated.py --write

@@ -5,10 +5,9 @@ import sys
 import time
 from pathlib import Path
 
-from tests.faults import crash, report
-from tests.faults.trial import ROOT, SEED, Record, try_family
-
-FAMILIES = {family.name: family for module in (crash,) for family in module.FAMILIES}
+from tests.faults import report
+from tests.faults.families import FAMILIES
+from tests.faults.trial import ROOT, SEED, Record, own_server, try_family
 
 
 def main() -> int:
@@ -25,12 +24,13 @@ def main() -> int:
     asked = words.parse_args()
     record, until = Record(asked.results), time.monotonic() + 60 * asked.minutes
     chosen = [FAMILIES[name] for name in asked.only or FAMILIES]
-    for family in [] if asked.report else chosen:
-        if asked.fresh:
-            record.forget(family.name)
-        if time.monotonic() < until:
-            try_family(family, record, seed=asked.seed, first=asked.first, last=asked.last, until=until, jobs=asked.jobs,
-                       tell=lambda line: print(line, flush=True))
+    with own_server():
+        for family in [] if asked.report else chosen:
+            if asked.fresh:
+                record.forget(family.name)
+            if time.monotonic() < until:
+                try_family(family, record, seed=asked.seed, first=asked.first, last=asked.last, until=until, jobs=asked.jobs,
+                           tell=lambda line: print(line, flush=True))
     report.write(record, FAMILIES.values())
     bad = [f"{family.name} {row['number']}" for family in chosen for row in record.rows(family.name) if not row["ok"]]
     print(f"{len(bad)} bad: {', '.join(bad)}" if bad else "All that was tried went well.")

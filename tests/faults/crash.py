@@ -11,17 +11,18 @@ from functools import cache
 from pathlib import Path
 
 from tests.faults.project import RUN, Outcome, command, known, lay_out, processes, ran, started, unsound
-from tests.faults.trial import Family, unhurt
+from tests.faults.trial import Family, pace, unhurt, warmed
 
-WRITES = ("write", "pwrite64", "rename", "fsync", "fdatasync", "unlink", "mkdir", "ftruncate", "link", "writev", "pwritev", "pwritev2",
-          "renameat", "renameat2", "unlinkat", "linkat", "symlink", "mkdirat", "rmdir", "copy_file_range", "sendfile", "fallocate")
+WRITES = ("write", "pwrite64", "rename", "fsync", "fdatasync", "unlink", "mkdir", "ftruncate", "link", "writev",
+          "pwritev", "pwritev2", "renameat", "renameat2", "unlinkat", "linkat", "symlink", "mkdirat", "rmdir", "copy_file_range",
+          "sendfile", "fallocate")
 
 
 def strace(root: Path, call: str, effect: str = "") -> tuple:
-    """Words before a command that put a fault into one kind of its system calls; kernels, which are programs of their own, go free."""
+    """Words before a command that put a fault into a kind of its system calls; kernels, programs of their own, go free."""
     (root / "tmp").mkdir(exist_ok=True)
-    return ("strace", "-f", "-b", "execve", "-y", "-s", "24", "-o", root / "tmp" / "calls", "-e", "signal=none", "-e", f"trace={call}",
-            *(("-e", f"inject={call}:{effect}") if effect else ()))
+    return ("strace", "-f", "-b", "execve", "-y", "-s", "24", "-o", root / "tmp" / "calls", "-e", "signal=none",
+            "-e", f"trace={call}", *(("-e", f"inject={call}:{effect}") if effect else ()))
 
 
 @cache
@@ -75,12 +76,12 @@ def killed_at_a_write(number: int, chance: random.Random, place: Path) -> Outcom
 
 
 def killed_at_random(number: int, chance: random.Random, place: Path, kernels: str = "cold") -> Outcome:
-    """Up to five kills in a row: the run first, then each attempt to resume it; mostly the runner, at times a kernel or a helper."""
+    """Up to five kills in a row: the run, then each attempt to resume it; mostly the runner, at times a kernel or a helper."""
     root, kills, at = lay_out(place / "p", kernels=kernels), 0, []
     words: tuple = RUN
     for _ in range(chance.randint(1, 5)):
         with started(root, *words, AIEXEC_KERNELS=kernels) as process:
-            moment, whom = chance.uniform(0.02, 3.5 if kernels == "cold" else 1.5), chance.random()
+            moment, whom = chance.uniform(0.02, 1) * pace() * (1 if kernels == "cold" else 0.4), chance.random()
             time.sleep(moment)
             others = [number for number, _ in processes(root) if number != process.pid]
             victim = chance.choice(others) if others and whom < 0.25 else process.pid
@@ -97,14 +98,15 @@ def killed_at_random(number: int, chance: random.Random, place: Path, kernels: s
 
 
 def killed_warm(number: int, chance: random.Random, place: Path) -> Outcome:
+    warmed()
     return killed_at_random(number, chance, place, "warm")
 
 
 FAMILIES = [
-    Family("syscalls", "the runner is killed (SIGKILL) at each of its write-class system calls (the n-th of each kind in each thread); "
-           "then resume: the same result, nothing recorded is lost or done again, chain and verify whole, no process or file left",
-           killed_at_a_write, points, (1020, 2077, 3005)),
-    Family("kills", "the runner, or one of its processes, is killed at a random time, then the resume, up to five times in a row; "
-           "cold kernels", killed_at_random, lambda: range(1, 201), (1,)),
+    Family("syscalls", "the runner is killed (SIGKILL) at each of its write-class system calls, the n-th of a kind in a thread; "
+           "then resume: the same result, nothing recorded lost or done again, chain and verify whole, no process or file left",
+           killed_at_a_write, points, (2077,)),
+    Family("kills", "the runner, or one of its processes, is killed at a random time, then the resume, up to five times in a "
+           "row; cold kernels", killed_at_random, lambda: range(1, 201)),
     Family("kills-warm", "the same with warm kernels", killed_warm, lambda: range(1, 201), (1,)),
 ]

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -23,14 +24,15 @@ from aiexec.store import Ledger, open_ledger
 
 AIEXEC = Path(sys.executable).with_name("aiexec")
 RAN = "import os, pathlib\nwith open(pathlib.Path(os.environ['AIEXEC_ROOT']) / 'ran.log', 'a') as log:\n" \
-      "    log.write(f\"{os.environ['AIEXEC_RUN']} {os.environ['AIEXEC_STEP']} {os.getpid()}\\n\")"
+      "    log.write(f\"{os.environ.get('AIEXEC_RUN', '-')} {os.environ.get('AIEXEC_STEP', '-')} {os.getpid()}\\n\")"
 SLOW = "import time\ntime.sleep(float(os.environ.get('SLOW', 0)))"
 CELLS = {
     "make": [("parameters", "month: str = '2013-04'\nn: int = 40"), ("", RAN),
              ("", "import pandas as pd\nflights = pd.DataFrame({'late': [i % 2 for i in range(n)]})\nrows = n\nprint(rows)"),
              ("outputs", "flights: 'pd.DataFrame'\nrows: int")],
     "count": [("parameters", "month: str = '2013-04'\nflights: 'Dataset' = 'make.flights@2013-04'"), ("", RAN), ("", SLOW),
-              ("", "import pandas as pd\nlate = int(pd.read_parquet(flights)['late'].sum())\nprint(late)"), ("outputs", "late: int")],
+              ("", "import pandas as pd\nlate = int(pd.read_parquet(flights)['late'].sum())\nprint(late)"),
+              ("outputs", "late: int")],
     "report": [("parameters", "month: str = '2013-04'\nlate: int = 0"), ("", RAN),
                ("", "text = f'{late} late in {month}'\nprint(text)"), ("outputs", "text: str")],
 }
@@ -41,13 +43,13 @@ FACTS = {"name": "late", "title": "Late flights", "department": "operations", "o
          "value": {"currency": "USD", "true_positive": 1, "false_positive": 0, "false_negative": 0, "true_negative": 0}}
 
 
-def lay_out(root: Path, recorder: str = "none", kernels: str = "cold", cells: dict = CELLS) -> Path:
-    """Make the project: three notebooks wired by name; nothing has run in it yet."""
+def lay_out(root: Path, recorder: str = "none", kernels: str = "cold", cells: dict = CELLS, **step: object) -> Path:
+    """Make the project: three notebooks wired by name, each step with some more words; nothing has run in it yet."""
     folder = root / "usecases" / "late"
     folder.mkdir(parents=True)
     (root / "settings.ini").write_text(f"[aiexec]\nrecorder = {recorder}\nkernels = {kernels}\nactor = ada\n", encoding="utf-8")
     (root / "ran.log").touch()
-    facts = {**FACTS, "pipeline": {name: step for name, step in PIPELINE.items() if name in cells}}
+    facts = {**FACTS, "pipeline": {name: {**one, **step} for name, one in PIPELINE.items() if name in cells}}
     (folder / "usecase.yaml").write_text(yaml.safe_dump(facts, sort_keys=False), encoding="utf-8")
     for step, sources in cells.items():
         write_notebook(folder / f"{step}.ipynb", sources)
@@ -74,6 +76,8 @@ def command(root: Path, *words: object, before: tuple = (), timeout: float = 240
         try:
             out, err = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
+            for number, _ in processes(root):
+                os.kill(number, signal.SIGKILL)
             process.kill()
             out, err = process.communicate()
             err += f"\nnot ended within {timeout:g} s"
@@ -87,6 +91,16 @@ def started(root: Path, *words: object, before: tuple = (), **more: str) -> subp
 
 
 RUN = ("run", "late", "-p", "month", "2013-05")
+
+
+def rough(done: subprocess.CompletedProcess) -> list[str]:
+    """What is wrong with how a command refuses: it says one sentence and what to do, and ends with 1."""
+    said = done.stderr + done.stdout
+    found = [f"it ended with {done.returncode}"] if done.returncode != 1 else []
+    found += ["a traceback"] if "Traceback" in said else []
+    found += ["an error of ours"] if "Unexpected" in said else []
+    found += ["no sentence"] if not any(line.startswith("Error: ") for line in said.splitlines()) else []
+    return [f"{', '.join(found)}: {said[-600:]}"] if found else []
 
 
 @dataclass(frozen=True)
@@ -153,7 +167,7 @@ def unsound(root: Path, expected: dict | None = None) -> list[str]:
         found += [f"verify {row['run']}: {finding}" for finding in verify_run(ledger, row["run"])]
         if row["status"] == "running":
             found.append(f"{row['run']} is still called running")
-    found += [f"step {step} of {run} is recorded as done {times} times" for (run, step), times in known(root).items() if times > 1]
+    found += [f"{step} of {run} is done {times} times" for (run, step), times in known(root).items() if times > 1]
     return found + left_files(root) + left_processes(root)
 
 
@@ -167,18 +181,23 @@ def left_files(root: Path) -> list[str]:
             known = len(inside.parts) > 2 and inside.parts[1].startswith(".")
             trial = len(inside.parts) == 2 and len(path.name) == 8 and path.stat().st_size <= 4
             found += [] if known or trial else [f"left: {inside}"]
-        elif path.name.startswith("."):
-            found.append(f"left: {inside}")
+        elif path.name.startswith(".") and not (path.name.startswith(".aiexec-") and path.suffix in (".lock", ".holder")):
+            found.append(f"left: {inside}")  # the lock of a notebook whose execution was killed stays beside it
     return sorted(found)
 
 
 def processes(root: Path) -> list[tuple[int, str]]:
-    """The living processes that belong to a project, by their environment."""
+    """The living processes that belong to a project: by their environment, or, being forks of a warm server, by their folder.
+
+    The server itself and its idle forks have the environment of whoever was first to need one, and belong to nobody."""
     mark, found = f"AIEXEC_ROOT={root}\0".encode(), []
     for place in Path("/proc").glob("[0-9]*"):
         try:
-            if mark in place.joinpath("environ").read_bytes() and ") Z " not in place.joinpath("stat").read_text():
-                found.append((int(place.name), place.joinpath("cmdline").read_text().replace("\0", " ").strip()[:120]))
+            words = place.joinpath("cmdline").read_text().replace("\0", " ").strip()
+            ours = "become_server()" not in words and mark in place.joinpath("environ").read_bytes()
+            ours = ours or Path(os.readlink(place / "cwd")).is_relative_to(root)
+            if ours and ") Z " not in place.joinpath("stat").read_text():
+                found.append((int(place.name), words[:120]))
         except (OSError, ValueError):
             continue
     return found

@@ -18,7 +18,8 @@ def line(family: Family, rows: list[dict]) -> str:
     figures = [f"{sum(row['facts'].get(word, 0) for row in rows):,} {word}" for word in ("kills", "starts", "kernels", "edits")
                if any(word in row["facts"] for row in rows)]
     seeds = ", ".join(sorted({str(row["seed"]) for row in rows}))
-    return (f"| {family.name} | {family.tries} | {len(struck):,}{f', {len(left):,} not tried' if left else ''}{'; ' + ', '.join(figures) if figures else ''} | "
+    many = "; ".join([f"{len(struck):,}", *figures, *([f"{len(left):,} not tried"] if left else [])])
+    return (f"| {family.name} | {family.tries} | {many} | "
             f"{len(bad)}{' (' + ', '.join(map(str, bad[:9])) + ')' if bad else ''} | {seeds} |")
 
 

@@ -1,6 +1,7 @@
 """A family of cases, tried one by one or side by side; each result is kept at once, so that a long trial can go on later."""
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -8,14 +9,16 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import islice
 from pathlib import Path
 
 from aiexec.files import digest_of
+from aiexec.run import warm
 from tests.faults.project import RUN, Outcome, command, lay_out, processes, result
 
 ROOT = Path(__file__).parents[2]
@@ -42,21 +45,48 @@ def library() -> str:
 
 
 @cache
-def _unhurt(recorder: str) -> str:
+def _unhurt(recorder: str) -> tuple[str, float]:
+    begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         root = lay_out(Path(folder).resolve() / "unhurt", recorder)
         done = command(root, *RUN)
         assert done.returncode == 0, done.stdout + done.stderr
-        return json.dumps(result(root))
+        return json.dumps(result(root)), time.monotonic() - begun
 
 
 UNHURT = threading.Lock()
 
 
+@contextmanager
+def own_server() -> Iterator[None]:
+    """A warm server for these trials only, which is not of any project; it starts when it is first needed."""
+    os.environ["AIEXEC_RUNTIME"] = tempfile.mkdtemp(prefix="aiexec-faults-")
+    try:
+        yield
+    finally:
+        warm.stop(force=True)
+        shutil.rmtree(os.environ.pop("AIEXEC_RUNTIME"), ignore_errors=True)
+
+
+def warmed() -> None:
+    """Have the warm server up."""
+    with UNHURT:
+        warm.start()
+        until = time.monotonic() + 60
+        while not warm.is_up() and time.monotonic() < until:
+            time.sleep(0.1)
+
+
 def unhurt(recorder: str = "none") -> dict:
     """The result of a run that nothing happened to."""
     with UNHURT:
-        return json.loads(_unhurt(recorder))
+        return json.loads(_unhurt(recorder)[0])
+
+
+def pace() -> float:
+    """The seconds that an unhurt run takes on this machine, with cold kernels."""
+    with UNHURT:
+        return _unhurt("none")[1]
 
 
 def try_case(family: Family, number: int, seed: int = SEED) -> Outcome:
@@ -72,7 +102,8 @@ def try_case(family: Family, number: int, seed: int = SEED) -> Outcome:
     if outcome.ok:
         shutil.rmtree(place, ignore_errors=True)
     kept = {} if outcome.ok else {"place": str(place)}
-    return Outcome(outcome.ok, outcome.says, outcome.struck, {**outcome.facts, **kept, "seconds": round(time.monotonic() - begun, 2)})
+    facts = {**outcome.facts, **kept, "seconds": round(time.monotonic() - begun, 2)}
+    return Outcome(outcome.ok, outcome.says, outcome.struck, facts)
 
 
 class Record:
@@ -109,6 +140,7 @@ def try_family(family: Family, record: Record, *, seed: int = SEED, first: int =
             for ended in wait(running, return_when=FIRST_COMPLETED).done:
                 number, outcome = running.pop(ended), ended.result()
                 record.add(family.name, number, seed, outcome)
-                tell(f"{family.name} {number}: {'well' if outcome.ok else 'BAD'} {outcome.facts['seconds']:.1f} s  {outcome.says[:400]}")
+                word = "well" if outcome.ok else "BAD"
+                tell(f"{family.name} {number}: {word} {outcome.facts['seconds']:.1f} s  {outcome.says[:400]}")
                 if time.monotonic() < until and (another := next(waiting, None)) is not None:
                     running[pool.submit(try_case, family, another, seed)] = another
