@@ -242,8 +242,10 @@ PARAMETERS = nbformat.v4.new_code_cell("a = 0", metadata={"tags": ["parameters"]
 def papermill(tmp_path: Path, nb: nbformat.NotebookNode, *words: str) -> tuple[int, str, nbformat.NotebookNode]:
     nbformat.write(nb, tmp_path / "in.ipynb")
     program = "import sys; from papermill.__main__ import papermill; sys.argv[0] = 'papermill'; papermill()"
-    done = subprocess.run([sys.executable, "-c", program, *words, "in.ipynb", "out.ipynb"], cwd=tmp_path, capture_output=True, text=True,
-                          timeout=300)
+    with little_server():
+        warm.start()
+        done = subprocess.run([sys.executable, "-c", program, *words, "in.ipynb", "out.ipynb"], cwd=tmp_path, capture_output=True,
+                              text=True, timeout=300)
     return done.returncode, done.stderr, nbformat.read(tmp_path / "out.ipynb", 4)
 
 
@@ -309,12 +311,13 @@ def test_a_killed_client_takes_its_kernel_along(tmp_path):
                "        print(kernel.kind, kernel.manager.provisioner.pid, flush=True)\n"
                "        await asyncio.sleep(600)\n"
                "asyncio.run(live())")
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=tmp_path) as client:
-        kind, pid = client.stdout.readline().split()
-        client.kill()
-    assert kind == "warm"
-    wait_until(lambda: not is_alive(int(pid)))
-    assert all(lease["pid"] != int(pid) for lease in warm.status()["leases"])
+    with little_server():
+        with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=tmp_path) as client:
+            kind, pid = client.stdout.readline().split()
+            client.kill()
+        assert kind == "warm"
+        wait_until(lambda: not is_alive(int(pid)))
+        assert all(lease["pid"] != int(pid) for lease in (warm.status() or {"leases": []})["leases"])
 
 
 def test_the_server_leaves_when_nobody_needs_it(tmp_path):
