@@ -58,8 +58,7 @@ def stream(
     binary = open(descriptor, f"{mode}b", buffering=0 if through and mode == "w" else -1, closefd=False)
     getattr(binary, "raw", binary).name = like.name
     lines = descriptor == 2 or binary.isatty()
-    text = TextIOWrapper(binary, like.encoding, like.errors, newline="\n", line_buffering=lines,
-                         write_through=through)
+    text = TextIOWrapper(binary, like.encoding, like.errors, newline="\n", line_buffering=lines, write_through=through)
     text.mode = mode
     return text
 
@@ -206,8 +205,8 @@ PRELOAD = (*LIBRARIES, *rooms())
 
 # %% ../../nbs/3_run/38b_worker.ipynb #09fadb7c
 SOURCE = """{"cells": [{"cell_type": "code", "id": "a", "metadata": {"tags": ["parameters"]}, "source": "n: int = 1",
- "outputs": [], "execution_count": null}], "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
- "nbformat": 4, "nbformat_minor": 5}"""
+ "outputs": [], "execution_count": null}],
+ "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}, "nbformat": 4, "nbformat_minor": 5}"""
 
 
 def practise() -> None:

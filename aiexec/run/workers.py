@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .forks import FORGET_SECONDS, REPLACE_SECONDS, Forked, begin, threads
+from .forks import FORGET_SECONDS, REPLACE_SECONDS, Forked, begin, patched, threads
 from .worker import become_command
 
 # %% ../../nbs/3_run/38c_workers.ipynb #f7973f96
@@ -95,30 +95,38 @@ class Workers:
         for end in (worker.pidfd, worker.channel):  # every new process closes what is watched
             self.watch.register(end, selectors.EVENT_READ, lambda: self.lose(worker))
 
-    def remove(self, worker: Worker) -> Worker:
-        "Stop waiting with it."
-        self.waiting.remove(worker)
-        self.watch.unregister(worker.pidfd)
-        self.watch.unregister(worker.channel)
-        return worker
+# %% ../../nbs/3_run/38c_workers.ipynb #6ad7bbb5
+@patched(Workers)
+def remove(self, worker: Worker) -> Worker:
+    "Stop waiting with it."
+    self.waiting.remove(worker)
+    self.watch.unregister(worker.pidfd)
+    self.watch.unregister(worker.channel)
+    return worker
 
-    def lose(self, worker: Worker) -> None:
-        "It has ended before anybody wanted it."
+
+@patched(Workers)
+def lose(self, worker: Worker) -> None:
+    "It has ended before anybody wanted it."
+    self.remove(worker).end()
+    self.due = time.monotonic() + REPLACE_SECONDS
+
+
+@patched(Workers)
+def forget(self) -> None:
+    "End them all."
+    for worker in list(self.waiting):
         self.remove(worker).end()
-        self.due = time.monotonic() + REPLACE_SECONDS
 
-    def forget(self) -> None:
-        "End them all."
-        for worker in list(self.waiting):
-            self.remove(worker).end()
 
-    def take(self, order: dict, descriptors: list[int]) -> Worker | None:  # None: none waits
-        "Give an order to one of them."
-        self.ordered = time.monotonic()
-        self.due = self.ordered + REPLACE_SECONDS
-        while self.waiting:
-            worker = self.remove(self.waiting[0])
-            if worker.give(order, descriptors):
-                return worker
-            worker.end()
-        return None
+@patched(Workers)
+def take(self, order: dict, descriptors: list[int]) -> Worker | None:  # None: none waits
+    "Give an order to one of them."
+    self.ordered = time.monotonic()
+    self.due = self.ordered + REPLACE_SECONDS
+    while self.waiting:
+        worker = self.remove(self.waiting[0])
+        if worker.give(order, descriptors):
+            return worker
+        worker.end()
+    return None
