@@ -80,7 +80,7 @@ def parameters_kept(
     signature: Signature, taking: Cell, said: dict[int, list[Mention]], passes: Iterable[str], known: Iterable[str]
 ) -> Iterator[Finding]:
     "Parameters that are passed but not declared, and those without effect."
-    names = [one.name for one in signature.parameters]
+    names, lines = [one.name for one in signature.parameters], declared_on(taking)
     for name in passes:
         if name not in names:
             problem = f"the use case passes {name}, which is no parameter."
@@ -92,17 +92,18 @@ def parameters_kept(
             yield Finding(number, line, problem, "Take this line out, or the parameter.", "AX108")
         else:
             problem = f"the parameter {name} is never used."
-            yield Finding(taking.number, declared_on(taking, name), problem, "Use it below, or take it out.", "AX107")
+            yield Finding(taking.number, lines.get(name, 1), problem, "Use it below, or take it out.", "AX107")
 
 # %% ../../nbs/3_run/30h_checks.ipynb #fcb54913
 def outputs_kept(signature: Signature, giving: Cell, cells: list[Cell], said: dict[int, list[Mention]]) -> Iterator[Finding]:
     "Outputs that a function keeps to itself."
+    lines = declared_on(giving)
     set_here = {one.name for mentions in said.values() for one in mentions if one.what in ("sets", "opens")}
     within = {name for cell in cells if cell.kind == "code" for name in assigned(tree_or_none(cell) or ast.Module([], []))}
     for one in signature.outputs:
         if one.name in within - set_here and not {"*"} & (within | set_here):
             problem = f"the output {one.name} is assigned within a function only, and is gone when that returns."
-            yield Finding(giving.number, declared_on(giving, one.name), problem, "Return it, and assign it in a cell.", "AX110")
+            yield Finding(giving.number, lines.get(one.name, 1), problem, "Return it, and assign it in a cell.", "AX110")
 
 # %% ../../nbs/3_run/30h_checks.ipynb #4659077c
 def order(cells: list[Cell], said: dict[int, list[Mention]]) -> Iterator[Finding]:
@@ -147,6 +148,8 @@ IGNORE = re.compile(r"aiexec:\s*ignore\b[:\s]*((?:AX\d{3}[,\s]*)*)")
 
 def is_ignored(finding: Finding, cell: Cell, tree: ast.Module | None) -> bool:
     "Whether a comment on the line of a finding, or within its statement, says that it is known."
+    if "aiexec:" not in cell.source:
+        return False
     line = finding.line or 1
     first, last = line, line
     for node in ast.walk(tree) if tree else ():
@@ -174,13 +177,13 @@ def check(
     read = {cell.number: tree_or_none(cell) for cell in code}
     trees = {number: tree for number, tree in read.items() if tree}
     said = all_mentions(code)
-    found = [*check_notebook(path, passes), *tags(cells), *order(code, said), *portability(cells, trees, path.parent)]
+    found = [*check_notebook(path, passes, cells), *tags(cells), *order(code, said), *portability(cells, trees, path.parent)]
     found += [Finding(cell.number, why.lineno or 1, "this is not Python.", "Mend the cell.", "AX002")
               for cell in code if (why := syntax_error(cell))]
     if not any(one.code == "AX101" for one in found):
         found += headed(cells)
     if not any(one.code in ("AX001", "AX002", "AX105") for one in found):
-        signature = read_signature(path)
+        signature = read_signature(path, cells)
         tagged = {tag: cell for cell in code for tag in cell.tags}
         found += parameters_kept(signature, tagged["parameters"], said, passes, known) if "parameters" in tagged else []
         found += outputs_kept(signature, tagged["outputs"], cells, said) if "outputs" in tagged else []

@@ -113,7 +113,8 @@ def mentions(
 ) -> Iterator[Mention]:
     "The mentions in a piece of code, in the order in which they happen."
     for child in ast.iter_child_nodes(node):
-        yield from mentions(child, place)
+        if not isinstance(child, ast.Constant) or isinstance(child.value, str):  # a page of numbers names nothing
+            yield from mentions(child, place)
 
 
 def each(nodes: Iterable[ast.AST | None], place: Place) -> Iterator[Mention]:

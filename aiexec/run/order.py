@@ -111,11 +111,13 @@ def ignored(
     taking: int,  # the cell that declares them
 ) -> Iterator[tuple[str, int, int]]:  # name, cell and line where it is set anew; 0 when nothing mentions it
     "The parameters whose values have no effect."
-    below = [(number, one) for number, said in cells.items() if number > taking for one in said]
+    below: dict[str, list] = {}
+    for number, one in ((number, one) for number, said in cells.items() if number > taking for one in said):
+        below.setdefault(one.name, []).append((number, one))
     if any(one.what == "opens" for said in cells.values() for one in said):
         return
     for name in names:
-        said = [(number, one) for number, one in below if one.name == name]
+        said = below.get(name, [])
         if not any(one.what == "reads" for _, one in said):
             number, one = next(((number, one) for number, one in said if one.what == "sets" and not one.later), (0, None))
             yield name, number, one.line if one else 0

@@ -222,9 +222,10 @@ def wants_objects(text: str, node: ast.expr | None, value: ast.expr | None, defa
 # %% ../../nbs/3_run/30c_signature.ipynb #57505dff
 def read_signature(
     path: Path,  # an .ipynb file
+    cells: list[Cell] | None = None,  # its cells, where they have been read
 ) -> Signature:
     "What a notebook takes and gives, from its source alone; raises `NotebookError`, naming cell and line."
-    cells = read_cells(path)
+    cells = read_cells(path) if cells is None else cells
     taking, giving = tagged(path, cells, "parameters"), tagged(path, cells, "outputs")
     page = Page(Path(path), named_types(cells) if taking or giving else {})
     parameters = tuple(read_parameter(page, taking, *parts) for parts in declarations(path, taking)) if taking else ()
@@ -333,10 +334,12 @@ def assigned(tree: ast.Module) -> Iterator[str]:
 def check_notebook(
     path: Path,  # an .ipynb file
     passes: Iterable[str] = (),  # names that a pipeline gives to it
+    cells: list[Cell] | None = None,  # its cells, where they have been read
 ) -> list[Finding]:  # empty: nothing wrong
     "Everything that would make a run of this notebook fail at once, or be green and wrong."
     try:
-        cells, signature = read_cells(path), read_signature(path)
+        cells = read_cells(path) if cells is None else cells
+        signature = read_signature(path, cells)
     except NotebookError as error:
         return [getattr(error, "finding", Finding(None, None, error.problem, error.remedy, "AX001"))]
     code = [cell for cell in cells if cell.kind == "code"]
@@ -350,7 +353,8 @@ def check_notebook(
     names = {name for cell in looked_at for name in assigned(tree_or_none(cell) or ast.Module([], []))}
     giving = next((cell for cell in code if "outputs" in cell.tags), None)
     never = [] if "*" in names else [one.name for one in signature.outputs if one.name not in names]
-    return findings + [Finding(giving.number, declared_on(giving, name), f"the output {name} is never assigned.",
+    lines = declared_on(giving) if never else {}
+    return findings + [Finding(giving.number, lines.get(name, 1), f"the output {name} is never assigned.",
                                "Assign it above, or take it out.", "AX109") for name in never]
 
 
@@ -362,7 +366,7 @@ def syntax_error(cell: Cell) -> SyntaxError | None:
         return why
 
 
-def declared_on(cell: Cell, name: str) -> int:
-    "The line of a tagged cell on which a name is declared."
-    targets = ((node.lineno, one) for node in cell.tree.body for one in getattr(node, "targets", [getattr(node, "target", None)]))
-    return next((line for line, one in targets if isinstance(one, ast.Name) and one.id == name), 1)
+def declared_on(cell: Cell) -> dict[str, int]:
+    "The lines of a tagged cell on which names are declared."
+    targets = [(node.lineno, one) for node in cell.tree.body for one in getattr(node, "targets", [getattr(node, "target", None)])]
+    return {one.id: line for line, one in reversed(targets) if isinstance(one, ast.Name)}

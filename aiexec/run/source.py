@@ -12,6 +12,7 @@ import json
 import re
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -78,7 +79,7 @@ def held(name: str, rest: str) -> str:
 def as_call(line: str) -> str:
     "A line of IPython's own syntax as a call; any other line as it is."
     indent, text = line[: len(line) - len(line.lstrip())], line.strip()
-    if assigned := ASSIGNED.fullmatch(line):
+    if re.search(r"=\s*[%!]", line) and (assigned := ASSIGNED.fullmatch(line)):
         how = "getoutput" if assigned[2] == "!" else "magic"
         return f"{assigned[1]}get_ipython().{how}({assigned[3]!r})"
     if text[:1] == "!":
@@ -130,9 +131,9 @@ class Cell:
         "The code without IPython's own syntax."
         return as_python(self.source)
 
-    @property
+    @cached_property
     def tree(self) -> ast.Module:
-        "The code as Python; raises `SyntaxError` for what is none."
+        "The code as Python, not to be changed; raises `SyntaxError` for what is none."
         return python(self.python)
 
 # %% ../../nbs/3_run/30b_source.ipynb #7038dba9

@@ -259,8 +259,9 @@ class Kind:
         "The same with limits; raises `BadType` when one does not go with it."
         for name, value in limits.items():
             if not goes(self.name, name, value):
-                remedy = "Limit numbers by ge and le, texts by pattern."
-                raise BadType(f"{name} = {value!r}", f"does not go with {self.name}", remedy)
+                torn = name == "pattern" and not is_pattern(value)
+                problem = "is no regular expression" if torn else f"does not go with {self.name}"
+                raise BadType(f"{name} = {value!r}", problem, "Limit numbers by ge and le, texts by pattern.")
         return replace(self, limits=tuple({**dict(self.limits), **limits}.items()))
 
 # %% ../../nbs/3_run/30_types.ipynb #3cf536de
