@@ -107,7 +107,7 @@ def result_html(result: Result) -> str:
     for name, value in result.outputs.items():
         value = result[name]
         if hasattr(value, "head"):
-            shown = f"{len(value):,} rows{value.head(5).to_html(index=False, border=0)}"
+            shown = f"{value.head(5).to_html(index=False, border=0)}{len(value):,} rows"
         elif isinstance(value, Picture):
             bundle = value._repr_mimebundle_()
             shown = bundle.get("image/svg+xml") or bundle["text/html"]
@@ -149,7 +149,7 @@ class Form:
             self.result = worked(self)
         except AiexecError as error:
             self.error = error
-            self.parts["result"].value = f'<div style="color:#b3261e">{escape(error.problem)}</div>{escape(error.remedy)}'
+            self.parts["result"].value = f'<span style="color:#b3261e">{escape(error.problem)}</span> {escape(error.remedy)}'
         except KeyboardInterrupt:  # Stop
             self.parts["result"].value = "Stopped."
         finally:
@@ -224,7 +224,7 @@ def laid_out(w: Any, made: Form) -> list[Any]:
     "The widgets of a form, one row a parameter."
     rows = [w.HTML(f"<b>{escape(made.declared.notebook)}</b>")]
     for one in made.fields:
-        one.widget.layout.width = "auto" if type(one.widget).__name__ == "Checkbox" else "280px"
+        one.widget.layout.width = "280px"
         kind = "" if type(one.widget).__name__ in ("Checkbox", "Dropdown") else escape(told(read_type(one.parameter.annotation)))
         says = f'{escape(one.parameter.help)} <span style="color:#5f6368">{kind}</span>'
         rows.append(w.HBox([w.Label(one.parameter.name, layout={"width": "140px"}), one.widget,
