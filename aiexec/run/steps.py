@@ -257,9 +257,11 @@ def takes_usage(work: Work) -> bool:
 
 def kept(home: Path, value: Any) -> dict[str, Any]:
     "One output as the ledger keeps it."
-    from pyarrow.parquet import read_metadata
-
     if not isinstance(value, Path):
         return {"value": value}
     file: dict[str, Any] = {"file": value.relative_to(home.resolve()).as_posix(), "digest": digest(value)}
-    return {**file, "rows": read_metadata(value).num_rows} if value.suffix == ".parquet" else file
+    if value.suffix == ".parquet":
+        from pyarrow.parquet import read_metadata
+
+        file["rows"] = read_metadata(value).num_rows
+    return file
