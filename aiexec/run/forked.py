@@ -29,7 +29,8 @@ from .warm import MEMORY_HISTORY
 # %% ../../nbs/3_run/38_forked.ipynb #6333ef16
 PRELOAD = (
     "ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.debugger", "ipykernel.comm",
-    "IPython.core.completer", "IPython.core.completerlib", "IPython.core.debugger", "IPython.core.oinspect", "IPython.extensions.storemagic", "matplotlib_inline.config", "pdb",
+    "IPython.core.completer", "IPython.core.completerlib", "IPython.core.debugger", "IPython.core.oinspect",
+    "IPython.extensions.storemagic", "matplotlib_inline.config", "pdb",
     "logging.config", "sqlite3", "tornado.platform.asyncio", "zmq.eventloop.zmqstream",
     "numpy", "pandas", "pyarrow", "pyarrow.parquet", "matplotlib.pyplot",
     "sklearn.compose", "sklearn.ensemble", "sklearn.impute", "sklearn.linear_model", "sklearn.metrics",
@@ -41,8 +42,8 @@ PRELOAD = (
 START = dict(os.environ)
 READ_AT_START = (
     "PYTHON", "LD_", "MALLOC_", "GLIBC_TUNABLES", "OMP_", "OPENBLAS_", "GOTO_", "MKL_", "KMP_", "GOMP_", "NUMEXPR_", "BLIS_",
-    "VECLIB_", "NPY_", "NUMPY_", "ARROW_", "PANDAS_", "SCIPY_", "SKLEARN_", "JOBLIB_", "LOKY_", "TQDM_", "SQLALCHEMY_", "PYDANTIC_",
-    "OTEL_", "PYZMQ_", "PYDEVD_", "DEBUGPY_", "MPLCONFIGDIR", "MATPLOTLIBRC", "MLFLOW_CONFIGURE_LOGGING", "MLFLOW_LOGGING_LEVEL",
+    "VECLIB_", "NPY_", "NUMPY_", "ARROW_", "PANDAS_", "SCIPY_", "SKLEARN_", "JOBLIB_", "LOKY_", "TQDM_", "SQLALCHEMY_",
+    "PYDANTIC_", "OTEL_", "PYZMQ_", "PYDEVD_", "DEBUGPY_", "MPLCONFIGDIR", "MATPLOTLIBRC", "MLFLOW_CONFIGURE_LOGGING", "MLFLOW_LOGGING_LEVEL",
     "IPYTHON", "JUPYTER_CONFIG", "JUPYTER_NO_CONFIG", "JUPYTER_PREFER", "JUPYTER_PLATFORM", "HOME", "XDG_CONFIG", "XDG_CACHE",
 )
 SET = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED")  # as in a process of its own; a kernel's output has no buffer
@@ -225,7 +226,7 @@ def become_spare(
     plot()
     app.start()
 
-
+# %% ../../nbs/3_run/38_forked.ipynb #407a6595
 def parse(app: Any) -> None:
     "What the arguments of a plain kernel come to; to parse them takes longer than all the rest."
     from traitlets.config import Config
@@ -240,7 +241,7 @@ def init_code(app: Any) -> None:
         type(app).init_code(app)
     app.shell._sys_modules_keys = files().keys()
 
-
+# %% ../../nbs/3_run/38_forked.ipynb #e7f48d9b
 @contextmanager
 def few_modules(room: str) -> Iterator[None]:  # of ipykernel or IPython
     "Both list all modules, which would copy the memory those live in: 35 MB. What they want of it is known before the fork."
@@ -281,7 +282,7 @@ def wait(app: Any, channel: socket.socket) -> None:
         adopt(app, order, folder)
         channel.sendall(SETTLED)
 
-
+# %% ../../nbs/3_run/38_forked.ipynb #7e56b687
 def adopt(
     app: Any,
     order: dict[str, Any],
@@ -307,7 +308,7 @@ def adopt(
             os.unlink(wanted)
         os.symlink(f"{folder}/s-{own}", wanted)
 
-
+# %% ../../nbs/3_run/38_forked.ipynb #43226bf7
 def remember(shell: Any) -> None:
     "Keep the history where IPython keeps it."
     shell.configurables.remove(shell.history_manager)

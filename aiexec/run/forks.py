@@ -130,7 +130,8 @@ def stamp() -> list:
     from jupyter_core.paths import ENV_CONFIG_PATH, SYSTEM_CONFIG_PATH
 
     home = os.environ.get("IPYTHONDIR") or os.path.expanduser("~/.ipython")
-    places = [os.path.join(home, "profile_default"), *(path.replace("jupyter", "ipython") for path in ENV_CONFIG_PATH + SYSTEM_CONFIG_PATH)]
+    shared = [path.replace("jupyter", "ipython") for path in ENV_CONFIG_PATH + SYSTEM_CONFIG_PATH]
+    places = [os.path.join(home, "profile_default"), *shared]
     names = [os.path.join(place, f"{name}.{ending}") for place in places for name in ("ipython_config", "ipython_kernel_config")
              for ending in ("py", "json")]
     return [(name, os.stat(name).st_mtime_ns) for name in names if os.path.exists(name)]

@@ -153,7 +153,8 @@ def ask(seconds: float = ANSWER_SECONDS, **order) -> dict:
         return receive(channel)[0]
 
 # %% ../../nbs/3_run/31_warm.ipynb #54f55a81
-PROGRAM = "import sys; sys.path[:] = [place for place in sys.path if place]; from aiexec.run.warm import become_server; become_server(sys.argv[1])"
+PROGRAM = ("import sys; sys.path[:] = [place for place in sys.path if place]; "
+           "from aiexec.run.warm import become_server; become_server(sys.argv[1])")
 
 
 def start(
