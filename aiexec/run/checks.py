@@ -173,7 +173,7 @@ def check(
         cells = read_cells(path)
     except NotebookError as error:
         return [Finding(None, None, error.problem, error.remedy, "AX001")]
-    code = [cell for cell in cells if cell.kind == "code"]
+    code, numbered = [cell for cell in cells if cell.kind == "code"], {cell.number: cell for cell in cells}
     read = {cell.number: tree_or_none(cell) for cell in code}
     trees = {number: tree for number, tree in read.items() if tree}
     said = all_mentions(code)
@@ -185,8 +185,8 @@ def check(
     if not any(one.code in ("AX001", "AX002", "AX105") for one in found):
         signature = read_signature(path, cells)
         tagged = {tag: cell for cell in code for tag in cell.tags}
-        found += parameters_kept(signature, tagged["parameters"], said, passes, known) if "parameters" in tagged else []
+        own = {number: one for number, one in said.items() if "injected-parameters" not in numbered[number].tags}
+        found += parameters_kept(signature, tagged["parameters"], own, passes, known) if "parameters" in tagged else []
         found += outputs_kept(signature, tagged["outputs"], cells, said) if "outputs" in tagged else []
-    numbered = {cell.number: cell for cell in cells}
     heard = (one for one in found if one.cell is None or not is_ignored(one, numbered[one.cell], trees.get(one.cell)))
     return sorted(dict.fromkeys(heard), key=lambda one: (one.cell or 0, one.line or 0, one.code))

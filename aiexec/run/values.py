@@ -192,15 +192,16 @@ def meant_as(text: str, kind: Kind) -> Any:
     bare = text.strip()
     match kind.name:
         case "Literal":
-            said = {str(one).lower() if one is None or type(one) is bool else str(one): one for one in reversed(kind.allowed)}
-            return said[text] if text in said else said[bare.lower()]
+            said = {str(one): one for one in reversed(kind.allowed)}
+            words = {str(one).lower(): one for one in kind.allowed if one is None or type(one) is bool}
+            return said[text] if text in said else said[bare] if bare in said else words[bare.lower()]
         case "None":
             return {"none": None, "null": None}[bare.lower()]
         case "bool":
             return WORDS[bare.lower()]
         case "int" | "float":
             return int(bare) if kind.name == "int" else float(bare)
-        case "list" if not bare.startswith("["):
+        case "list" if not bare.startswith("[") and not {"list", "dict"} & {one.name for part in kind.parts for one in part}:
             items = [part.strip() for part in text.split(",") if part.strip()]
             return [meant(item, kind.parts[0] if kind.parts else ANYTHING) for item in items]
         case "list" | "dict":
