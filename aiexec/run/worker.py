@@ -206,7 +206,8 @@ PRELOAD = (*LIBRARIES, *rooms())
 # %% ../../nbs/3_run/38b_worker.ipynb #09fadb7c
 SOURCE = """{"cells": [{"cell_type": "code", "id": "a", "metadata": {"tags": ["parameters"]}, "source": "n: int = 1",
  "outputs": [], "execution_count": null}],
- "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}, "nbformat": 4, "nbformat_minor": 5}"""
+ "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
+ "nbformat": 4, "nbformat_minor": 5}"""
 
 
 def practise() -> None:
