@@ -106,7 +106,8 @@ def scrubber(nb: nbformat.NotebookNode, secrets: dict[str, str], environment: di
     declared = [found for cell in tagged for found in referred(cell.source)]
     given = {*nb.metadata.papermill.get("parameters", {})}
     needed = {*secrets.values()} | {reference for name, reference in declared if name not in given}
-    environment[REPLACED] = json.dumps(sorted({reference for _, reference in declared} - needed))
+    if replaced := {reference for _, reference in declared} - needed:
+        environment[REPLACED] = json.dumps(sorted(replaced))
     found = {reference: read_text(reference, {**os.environ, **environment}, cwd) for reference in sorted(needed)}
     for cell in nb.cells:
         for _, reference in referred(cell.source) if cell.cell_type == "code" else ():
@@ -295,8 +296,8 @@ def sole_writer(notebook: Path, output: Path) -> Iterator[None]:
         with FileLock(place, timeout=0):
             about = {"doing": f"The execution of {notebook.name} to {output.name}", "pid": os.getpid(),
                      "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())}
-            holder.write_text(json.dumps(about), encoding="utf-8")
             try:
+                holder.write_text(json.dumps(about), encoding="utf-8")
                 yield
             finally:  # whoever takes the lock next sees that its file is gone, and makes another
                 for path in (holder, place):
