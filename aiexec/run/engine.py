@@ -96,7 +96,8 @@ def executed(progress: Any, folder: Path, cell_timeout: float | None) -> Any:  #
             progress.pbar.update(status == "done")
 
     with WarmKernels() as kernels:
-        ending = execute(source, output, cwd=Path.cwd(), kernels=kernels, timeout=LONG, cell_timeout=cell_timeout, on_cell=on_cell)
+        ending = execute(source, output, cwd=Path.cwd(), kernels=kernels, timeout=LONG, cell_timeout=cell_timeout,
+                         on_cell=on_cell)
     progress.nb = nbformat.read(output, as_version=4)
     places = {name: own.get(name) for name in ("input_path", "output_path", "parameters", "environment_variables", "version")}
     progress.nb.metadata.papermill.update(places)
