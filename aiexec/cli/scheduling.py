@@ -100,9 +100,9 @@ def process_of(slot, settings) -> subprocess.Popen:
     "The process that works on a slot."
     log = settings.home / "slots" / f"{slot.usecase}-{slot.slot.replace(':', '')}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    words = ["slot", slot.usecase, slot.slot, str(slot.attempt), str(os.getpid()), "--project", str(settings.root)]
+    words = [slot.usecase, slot.slot, str(slot.attempt), str(os.getpid()), "--project", str(settings.root)]
     with log.open("ab") as out:
-        return subprocess.Popen([sys.executable, "-P", "-c", "from aiexec.cli.commands import main; main()", *words],
+        return subprocess.Popen([sys.executable, "-P", "-c", "from aiexec.cli.scheduling import slot; slot()", *words],
                                 stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=settings.root, start_new_session=True)
 
 
@@ -125,7 +125,7 @@ KillMode=mixed
 WantedBy=default.target"""
 
 # %% ../../nbs/9_show/98d_scheduling.ipynb #fdbf7ba8
-@main.command(hidden=True)
+@click.command()
 @click.argument("usecase")
 @click.argument("slot")
 @click.argument("attempt", type=int)
