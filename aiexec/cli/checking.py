@@ -130,8 +130,8 @@ def findings_text(rows: list[dict], books: int) -> str:
     for path in dict.fromkeys(one["notebook"] for one in rows):
         lines += ["", path]
         for one in (one for one in rows if one["notebook"] == path):
-            where = f"cell {one['cell']}, line {one['line'] or 1}" if one["cell"] else ""
-            lines.append(f"  {where:<16} {one['code']}  {one['problem']} {one['remedy']}".rstrip())
+            where = f"cell {one['cell']}, line {one['line'] or 1}".ljust(17) if one["cell"] else ""
+            lines.append(f"  {where}{one['code']}  {one['problem']} {one['remedy']}".rstrip())
     many = "1 finding" if len(rows) == 1 else f"{len(rows)} findings"
     return "\n".join([*lines[1:], "", f"{many}."])
 

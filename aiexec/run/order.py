@@ -79,7 +79,8 @@ def undefined(
             if one.what == "opens":
                 return
             lacks = one.name not in (first if one.later else state.there) and not (one.later and anywhere)
-            if one.what in ("reads", "deletes") and lacks and not one.safe and number not in quiet and not is_given(one.name, one.sure):
+            asked = one.what in ("reads", "deletes") and not one.safe and number not in quiet
+            if asked and lacks and not is_given(one.name, one.sure):
                 yield Undefined(number, one.line, one.name, first.get(one.name), state.gone.get(one.name))
                 first.setdefault(one.name, number)
                 state.there.add(one.name)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NOTE', 'RESULTS', 'FILED', 'HIDDEN', 'Parameter', 'Output', 'Signature', 'Finding', 'refusal', 'tagged',
-           'declarations', 'above', 'is_remark', 'named_types', 'tree_or_none', 'Page', 'parts_of', 'read_parameter',
-           'kind_of', 'wants_objects', 'read_signature', 'bind', 'parse', 'arriving', 'objects_for', 'without_secrets',
-           'untagged', 'is_declaration', 'assigned', 'check_notebook', 'syntax_error', 'declared_on']
+           'declarations', 'above', 'commented', 'is_remark', 'named_types', 'tree_or_none', 'Page', 'parts_of',
+           'read_parameter', 'kind_of', 'wants_objects', 'read_signature', 'bind', 'parse', 'arriving', 'objects_for',
+           'without_secrets', 'untagged', 'is_declaration', 'assigned', 'check_notebook', 'syntax_error', 'declared_on']
 
 # %% ../../nbs/3_run/30c_signature.ipynb #df09c787
 import ast
@@ -105,7 +105,7 @@ def declarations(path: Path, cell: Cell) -> Iterator[tuple[str, ast.expr | None,
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             yield node.target.id, node.annotation, node.value, help, line
         elif isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            yield node.targets[0].id, None, node.value, help, line
+            yield node.targets[0].id, *commented(help, node.value), line
         elif not isinstance(node, (ast.Import, ast.ImportFrom, ast.Pass)) and not is_remark(node):
             raise refusal(path, cell, line, "only 'name: type = value' can stand in a tagged cell.", "Move this line elsewhere.")
 
@@ -118,6 +118,17 @@ def above(source: str, comments: dict[int, str], line: int) -> str:
         said.insert(0, comments[line])
     text = " ".join(said).strip()
     return "" if text.rstrip(":").lower() in ("parameters", "papermill parameters", "outputs") or text.startswith("|") else text
+
+
+def commented(help: str, value: ast.expr) -> tuple[ast.expr | None, ast.expr, str]:  # annotation, value, the rest of the help
+    "The type that a comment states, as papermill reads it: '# type: list[str] the carriers'."
+    found = re.match(r"type:\s*([A-Za-z_][\w.]*(?:\[.*?\])*)\s*(.*)", help)
+    try:
+        read_type(found[1] if found else "")
+    except BadType:
+        return None, value, help
+    none = " | None" if isinstance(value, ast.Constant) and value.value is None else ""
+    return ast.parse(found[1] + none, mode="eval").body, value, found[2]
 
 
 def is_remark(node: ast.stmt) -> bool:
