@@ -212,7 +212,7 @@ FAULTY = {
     "AX201": [code("print(rows)")], "AX202": [code("print(rows)"), code("rows = 1")],
     "AX203": [code("rows = 1\ndel rows"), code("print(rows)")],
     "AX204": [code("a = 1", execution_count=2), code("b = 1", execution_count=1)],
-    "AX301": [code("open('/home/ada/rows.csv')")], "AX302": [code(f"api_key = '{TOKEN}'")], "AX303": [code("import of_nowhere")],
+    "AX301": [code("open('/mnt/ada/rows.csv')")], "AX302": [code(f"api_key = '{TOKEN}'")], "AX303": [code("import of_nowhere")],
 }
 
 
