@@ -102,28 +102,25 @@ class Change:
 
     def keep(self, table: sa.Table, *rows: dict) -> int:  # how many were new
         "Add the rows whose key is new and leave the others as they are."
-        if not rows:
-            return 0
-        dialect = import_module(f"sqlalchemy.dialects.{self.connection.dialect.name}")
-        before = self.connection.scalar(sa.select(sa.func.count()).select_from(table))
-        self.connection.execute(dialect.insert(table).on_conflict_do_nothing(), list(rows))
-        return self.connection.scalar(sa.select(sa.func.count()).select_from(table)) - before
+        count = sa.select(sa.func.count()).select_from(table)
+        before = self.connection.scalar(count)
+        if rows:
+            dialect = import_module(f"sqlalchemy.dialects.{self.connection.dialect.name}")
+            self.connection.execute(dialect.insert(table).on_conflict_do_nothing(), list(rows))
+        return self.connection.scalar(count) - before
 
     def put(self, table: sa.Table, *rows: dict) -> None:
         "Add rows, replacing those with the same key."
         for row in rows:
-            key = {column.name: row[column.name] for column in table.primary_key}
-            self.connection.execute(table.delete().where(*where_all(table, key)))
+            self.connection.execute(table.delete().where(*where_all(table, {c.name: row[c.name] for c in table.primary_key})))
         self.insert(table, *rows)
 
     def update(self, table: sa.Table, values: dict, expect: int | None = 1, **conditions) -> int:  # rows changed
         "Change the rows that match; raises `StaleWrite` when their number is not the expected one."
         done = self.connection.execute(table.update().where(*where_all(table, conditions)).values(**values)).rowcount
         if expect is not None and done != expect:
-            raise StaleWrite(
-                f"{table.name} changed in the meantime: {done} records match {conditions}, expected {expect}.",
-                "Look at its present state and decide again.",
-            )
+            told = f"{table.name} changed in the meantime: {done} records match {conditions}, expected {expect}."
+            raise StaleWrite(told, "Look at its present state and decide again.")
         return done
 
 # %% ../nbs/03_store.ipynb #c116ab12

@@ -63,7 +63,9 @@ def reproduce(run, only, tolerance, acting):
         def tell(step, status):
             (teller.now if status == "started" else teller.done)(f"{step:<10} {status if status != 'started' else '…'}")
 
-        found = reproduce_run(newest, only=only, tolerance=tolerance, acting=acting, settings=settings, ledger=ledger, progress=tell)
+        found = reproduce_run(
+            newest, only=only, tolerance=tolerance, acting=acting, settings=settings, ledger=ledger, progress=tell
+        )
     return Answer(asdict(found), reproduced(found), code=1 if found.differences else 0)
 
 

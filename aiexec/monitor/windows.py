@@ -49,7 +49,7 @@ UNSHAPED = {"date": "Moments move on by themselves: missing values are watched."
             "identifier": "Its values hardly repeat: missing values are watched.",
             "key": "Its values only name the rows: missing values are watched.",
             "calendar": "It follows from the column of moments: missing values are watched."}
-PARTS = ("year", "quarter", "month", "day", "dayofyear", "dayofweek", "hour", "minute")
+PARTS = ("year", "quarter", "month", "day", "day_of_year", "day_of_week", "hour", "minute")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def calendar_parts(frame: pd.DataFrame, at: pd.Series) -> tuple[str, ...]:
     "The columns that only say year, month, day or hour of the moments."
     numbers = [name for name in frame if frame[name].dtype.kind in "iuf"]
     return tuple(str(name) for name in numbers if any((frame[name] == getattr(at.dt, part) + off).mean() > 0.99
-                                                      for part in PARTS for off in ((0, 1) if part == "dayofweek" else (0,))))
+                                                      for part in PARTS for off in ((0, 1) if part == "day_of_week" else (0,))))
 
 # %% ../../nbs/6_monitor/61c_windows.ipynb #d6164f87
 def structure(reference: Column | None, current: Column | None, extra: list[str]) -> Sign | None:

@@ -90,7 +90,7 @@ def features(
     "What is known of each flight the evening before."
     departure, arrival = minute_of_day(frame.sched_dep_time), minute_of_day(frame.sched_arr_time)
     schedule = pd.DataFrame({
-        "weekday": dates(frame).dt.dayofweek, "departure_minute": departure, "arrival_minute": arrival,
+        "weekday": dates(frame).dt.day_of_week, "departure_minute": departure, "arrival_minute": arrival,
         "planned_minutes": (arrival - departure) % CLOCK, "distance": frame.distance,
     })
     return pd.concat([frame[CATEGORIES], schedule.astype(float), frame[WEATHER].astype(float)], axis=1)
