@@ -20,6 +20,8 @@ from aiexec.store import sa
 
 ROOT = Path(__file__).parents[1]
 AIEXEC = Path(sys.executable).with_name("aiexec")
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a job in the background has it; children of the tests must not
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["AIEXEC_RUNTIME"] = tempfile.mkdtemp(prefix="aiexec-tests-")  # a warm server for these tests only
 
 

@@ -253,7 +253,10 @@ def test_a_second_run_at_once_names_the_holder(month, tmp_path):
     before = files(project), record(project)
     run = ledger.rows(RUNS, status="running")[0]["run"]
     for words in (INGEST_MAY, ["score", "--month", "2013-04"]):
-        one_sentence(aiexec(*words, cwd=project), [f"The run {run} of flight_delays (process {first.pid} on ", "Wait for it to end, or stop it."])
+        done = aiexec(*words, cwd=project)
+        one_sentence(done, [f"The run {run} of flight_delays (process ", "Wait for it to end, or stop it."])
+        holder = int(re.search(r"process (\d+) on", done.stderr)[1])  # the command, or its fork out of the warm server
+        assert holder == first.pid or b"aiexec" in Path(f"/proc/{holder}/cmdline").read_bytes()
     assert (files(project), record(project)) == before
     (project / "go").touch()
     said = first.communicate(timeout=60)

@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -335,7 +336,7 @@ def test_a_port_in_use_is_refused_in_one_sentence(server, project, monkeypatch):
     monkeypatch.setenv("AIEXEC_ROOT", str(project))
     port, before = int(server.rsplit(":", 1)[1]), signal.getsignal(signal.SIGTERM)
     try:
-        with pytest.raises(ParameterError, match=f"Port {port} cannot be used"):
+        with patch.dict(os.environ), pytest.raises(ParameterError, match=f"Port {port} cannot be used"):
             dashboards.serve(Settings(project), port, token=TOKEN)
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -245,7 +245,7 @@ def test_senders_killed_at_random_lose_and_double_nothing(settings, monkeypatch)
     for _ in range(20):
         ledger.engine.dispose()
         victim = child(lambda: deliver(open_ledger(settings), NAME, SqlReceiver.from_settings(settings)))
-        victim.join(lot.uniform(0.01, 0.25))
+        victim.join(lot.uniform(0.01, 0.12))
         victim.kill()
         victim.join(30)
         kills += victim.exitcode == -signal.SIGKILL

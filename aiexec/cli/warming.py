@@ -12,12 +12,16 @@ from .output import Answer, table, verb
 from .work import main
 
 # %% ../../nbs/9_show/98e_warming.ipynb #62205cf3
-@main.group()
-def warm():
+@main.command()
+@click.argument("what", default="status", type=click.Choice(["status", "start", "stop"]), metavar="[status|start|stop]")
+@click.option("--force", is_flag=True, help="stop: end what is leased from it, too; runs that are under way fail.")
+@verb
+def warm(what, force):
     """Look at the warm server, start it, end it.
 
     One process of yours has the libraries imported; kernels and commands are forked from it and so begin at once. It starts
     with the first run and leaves when it has been idle for a while."""
+    return {"status": status, "start": start, "stop": lambda: stop(force)}[what]()
 
 # %% ../../nbs/9_show/98e_warming.ipynb #34dc38d0
 def memory(process: int) -> float:  # MB
@@ -44,18 +48,14 @@ def told(found: dict | None) -> Answer:
     return Answer(data, "\n\n".join([table(facts, "Warm server"), *([table(shown, "Forked from it")] if shown else [])]))
 
 # %% ../../nbs/9_show/98e_warming.ipynb #c8c5bba6
-@warm.command()
-@verb
-def status():
+def status() -> Answer:
     "Show the server and what is leased from it."
     from aiexec.run.warm import status
 
     return told(status())
 
 
-@warm.command()
-@verb
-def start():
+def start() -> Answer:
     "Start the server unless it runs, and wait until it is ready."
     from aiexec.errors import AiexecError
     from aiexec.run.warm import NoServer, start, status
@@ -68,10 +68,7 @@ def start():
     return told(status())
 
 # %% ../../nbs/9_show/98e_warming.ipynb #1fff6346
-@warm.command()
-@click.option("--force", is_flag=True, help="End what is leased from it, too: runs that are under way fail.")
-@verb
-def stop(force):
+def stop(force: bool) -> Answer:
     "End the server: now, or once what is leased from it has ended."
     from aiexec.run.warm import stop
 
