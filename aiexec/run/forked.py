@@ -47,7 +47,8 @@ READ_AT_START = (
     "MLFLOW_CONFIGURE_LOGGING", "MLFLOW_LOGGING_LEVEL", "IPYTHON", "JUPYTER_CONFIG", "JUPYTER_NO_CONFIG", "JUPYTER_PREFER",
     "JUPYTER_PLATFORM", "HOME", "XDG_CONFIG", "XDG_CACHE",
 )
-SET = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED")  # as in a process of its own; a kernel's output has no buffer
+SET = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED",  # as in a process of its own; a kernel's output has no buffer
+       "PYDEVD_DISABLE_FILE_VALIDATION")  # a word of the debugger's at its import; papermill and kernelspecs set it
 
 
 def other_variable(
@@ -226,6 +227,8 @@ def become_spare(
         app.initialize([])
     plot()
     app.start()
+    app.control_thread.stop()  # its last flush may wait ten seconds for another thread, which the app ends before it
+    app.control_thread.join()
 
 # %% ../../nbs/3_run/38_forked.ipynb #407a6595
 def parse(app: Any) -> None:
