@@ -8,6 +8,7 @@ __all__ = ['SAFE', 'REPLACE_SECONDS', 'FORGET_SECONDS', 'rehearse', 'native', 't
 
 # %% ../../nbs/3_run/38a_forks.ipynb #d3bc569f
 import atexit
+import contextlib
 import os
 import selectors
 import shutil
@@ -59,8 +60,8 @@ def threads() -> str:
 class Forked(BaseException):
     "Raised in a new process, to leave the server's loop with what it is to become."
 
-    def __init__(self, become: Callable[[], Any]):
-        self.become = become
+    def __init__(self, become: Callable[[], Any], channel: socket.socket | None = None):
+        self.become, self.channel = become, channel  # to the server, for who tells it the end
 
 
 def begin(server: int) -> None:
@@ -75,8 +76,9 @@ def begin(server: int) -> None:
     forked.draw()
 
 
-def leave(become: Callable[[], Any]) -> None:
+def leave(become: Callable[[], Any], channel: socket.socket | None = None) -> None:
     "Do what was ordered and end as an interpreter does, but without taking the loaded modules apart (0.1 s)."
+    own = os.getpid()
     try:
         code = become()
     except SystemExit as ended:
@@ -93,7 +95,11 @@ def leave(become: Callable[[], Any]) -> None:
             stream.flush()
         except (OSError, ValueError):
             continue
-    os._exit(code if isinstance(code, int) else 1 if code else 0)
+    code = code & 0xFF if isinstance(code, int) else 1 if code else 0
+    if channel and os.getpid() == own:  # no fork of it; to give back the memory takes a while more
+        with contextlib.suppress(OSError):
+            channel.sendall(b"%b%d" % (forked.ENDED, code))
+    os._exit(code)
 
 # %% ../../nbs/3_run/38a_forks.ipynb #a97778ea
 REPLACE_SECONDS, FORGET_SECONDS = 0.5, 120.0
@@ -201,7 +207,7 @@ def make(self: Spares, leave_to_server: Callable[[], None]) -> None:
         ours.close()
         begin(server)
         keep_orphans()  # so that whatever the notebook starts is found when the kernel has to end
-        raise Forked(lambda: forked.become_spare(theirs, folder))
+        raise Forked(lambda: forked.become_spare(theirs, folder), theirs)
     theirs.close()
     spare = Spare(ours, pid, os.pidfd_open(pid), folder, stamp())
     self.waiting.append(spare)

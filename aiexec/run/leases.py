@@ -51,7 +51,7 @@ class Visitor:
             os.close(descriptor)
 
 # %% ../../nbs/3_run/38d_leases.ipynb #d9d0e5c6
-@dataclass(frozen=True)
+@dataclass
 class Lease:
     "A forked process, together with the connection that keeps it alive."
 
@@ -63,6 +63,7 @@ class Lease:
     who: int  # the process that asked
     since: float
     folder: str = ""  # removed at the end
+    state: str = "running"  # ordered: on its way to be what was ordered; over: its end is told
 
     def told(self) -> dict[str, Any]:
         "The lease as plain data."

@@ -126,7 +126,8 @@ def send(channel: socket.socket, message: dict, descriptors: tuple[int, ...] = (
     "Send one line, the descriptors with its first byte."
     line = json.dumps(message, ensure_ascii=True).encode() + b"\n"
     sent = socket.send_fds(channel, [line], list(descriptors)) if descriptors else 0
-    channel.sendall(line[sent:])
+    if sent < len(line):
+        channel.sendall(line[sent:])
 
 
 def receive(channel: socket.socket) -> tuple[dict, list[int]]:  # the answer, and descriptors that came with it

@@ -64,7 +64,7 @@ class Server:
         self.used = time.monotonic()
         self.idle = float(os.environ.get("AIEXEC_IDLE") or 900)
         self.leases: dict[int, Lease] = {}
-        self.settling: dict[int, socket.socket] = {}  # to spares that have their order, by process
+        self.settling: dict[int, socket.socket] = {}  # to kernels that have their order, by process
         self.visitors: dict[int, Visitor] = {}
         self.watch = selectors.PollSelector()  # poll, not epoll: a fork shares no state with it
         self.listener = listen(path)
@@ -244,23 +244,29 @@ def take(self, order: dict, visitor: Visitor) -> None:
         spare.end()
         raise
     lease = self.lease(order, visitor, spare.pid, spare.pidfd, spare.folder)
+    lease.state = "ordered"
     self.settling[spare.pid] = spare.channel
     self.watch.register(spare.channel, selectors.EVENT_READ, lambda: self.settle(lease))
 
 
 @patched(Server)
 def settle(self, lease: Lease) -> None:
-    "A spare has become what was ordered, so that its client may begin."
-    said = self.settling[lease.pid].recv(16)
+    "A kernel has become what was ordered, so that its client may begin; or has nothing left to do but to end."
+    said = self.settling[lease.pid].recv(64)
     if forked.SETTLED in said:
+        lease.state = "running"
         answer(lease.channel, pid=lease.pid)
-    if not said or forked.SETTLED in said:
+    if forked.ENDED in said:
+        lease.state = "over"
+        lease.kill()  # what it started must not outlive it
+        answer(lease.channel, exit=int(said.rpartition(forked.ENDED)[2]))
+    if not said or forked.ENDED in said:
         self.forget(lease)
 
 
 @patched(Server)
 def forget(self, lease: Lease) -> None:
-    "Close the channel by which a spare had its order."
+    "Close the channel by which a kernel had its order."
     channel = self.settling.pop(lease.pid)
     self.watch.unregister(channel)
     channel.close()
@@ -297,8 +303,11 @@ def end(self, lease: Lease) -> None:
         self.watch.unregister(lease.channel)
     if lease.pid in self.settling:
         self.forget(lease)
+    code = lease.reap()
+    if lease.state == "ordered":
         answer(lease.channel, refused="the kernel ended before it was ready")
-    answer(lease.channel, exit=lease.reap())
+    elif lease.state == "running":
+        answer(lease.channel, exit=code)
     lease.channel.close()
     self.used = self.spares.due = time.monotonic()
 
@@ -334,10 +343,10 @@ def serve(
     try:
         Server(path, lock, preloaded).serve()
     except Forked as new:
-        become = new.become
+        become, channel = new.become, new.channel
     else:
         return
-    leave(become)
+    leave(become, channel)
 
 
 def offer_kernels() -> None:

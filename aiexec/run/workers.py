@@ -48,7 +48,8 @@ class Worker:
             with self.channel as channel:
                 channel.settimeout(1.0)
                 sent = socket.send_fds(channel, [line], descriptors)
-                channel.sendall(line[sent:])
+                if sent < len(line):  # who has the whole line may be at work, and have closed its end
+                    channel.sendall(line[sent:])
             return True
         except OSError:
             return False
