@@ -317,7 +317,7 @@ def test_a_killed_client_takes_its_kernel_along(tmp_path):
             client.kill()
         assert kind == "warm"
         wait_until(lambda: not is_alive(int(pid)))
-        assert all(lease["pid"] != int(pid) for lease in (warm.status() or {"leases": []})["leases"])
+        wait_until(lambda: all(lease["pid"] != int(pid) for lease in (warm.status() or {"leases": []})["leases"]))
 
 
 def test_the_server_leaves_when_nobody_needs_it(tmp_path):

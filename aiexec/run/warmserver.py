@@ -248,7 +248,7 @@ def take(self, order: dict, visitor: Visitor) -> None:
     self.settling[spare.pid] = spare.channel
     self.watch.register(spare.channel, selectors.EVENT_READ, lambda: self.settle(lease))
 
-
+# %% ../../nbs/3_run/38e_warmserver.ipynb #3d179590
 @patched(Server)
 def settle(self, lease: Lease) -> None:
     "A kernel has become what was ordered, so that its client may begin; or has nothing left to do but to end."
