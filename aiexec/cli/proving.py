@@ -42,7 +42,7 @@ def told(findings, well: str) -> Answer:
 
 # %% ../../nbs/9_show/98c_proving.ipynb #2395e4d8
 @main.command()
-@click.argument("run", required=False)
+@click.argument("run", required=False, metavar="[RUN|NOTEBOOK]")
 @click.option("--step", "only", multiple=True, help="Only this step (repeat for more).")
 @click.option("--tolerance", default=1e-9, show_default=True, type=click.FloatRange(min=0), help="Of figures, relative.")
 @click.option("--all", "acting", is_flag=True, help="Also steps that decide, register or record: they do it again.")
@@ -50,19 +50,22 @@ def told(findings, well: str) -> Answer:
 def reproduce(run, only, tolerance, acting):
     """Make a run again and name what differs.
 
-    RUN defaults to the last one that was done. Nothing of it is recorded. Figures must agree within the tolerance, tables
-    cell by cell, printed text but for times, addresses and places; pictures are left out."""
+    RUN defaults to the last one that was done; NOTEBOOK is one executed notebook. Nothing of it is recorded. Figures must
+    agree within the tolerance, tables cell by cell, printed text but for times, addresses and places; pictures are left out."""
     from aiexec.run.records import RUNS
-    from aiexec.run.reproduce import reproduce_run
+    from aiexec.run.reproduce import reproduce_notebook, reproduce_run
 
-    settings, ledger = opened()
-    newest = run or next((row["run"] for row in ledger.rows(RUNS, order="-started", status="done")), "")
-    if not newest:
-        return Answer({}, "No run to reproduce yet.")
     with Teller() as teller:
         def tell(step, status):
             (teller.now if status == "started" else teller.done)(f"{step:<10} {status if status != 'started' else '…'}")
 
+        if run and run.endswith(".ipynb"):
+            found = reproduce_notebook(run, tolerance=tolerance, acting=acting, progress=tell)
+            return Answer(asdict(found), reproduced(found), code=1 if found.differences else 0)
+        settings, ledger = opened()
+        newest = run or next((row["run"] for row in ledger.rows(RUNS, order="-started", status="done")), "")
+        if not newest:
+            return Answer({}, "No run to reproduce yet.")
         found = reproduce_run(
             newest, only=only, tolerance=tolerance, acting=acting, settings=settings, ledger=ledger, progress=tell
         )
@@ -75,5 +78,6 @@ def reproduced(found) -> str:
     lines += [f"Left out {step}: {why}; --all makes it too." for step, why in found.left_out.items()]
     lines += list(map(str, found.differences))
     otherwise = len({one.step for one in found.differences})
-    alike = f"{len(found.same)} step{'s' if len(found.same) != 1 else ''} came out alike"
+    what = "notebook" if found.run.endswith(".ipynb") else "step"
+    alike = f"{len(found.same)} {what}{'s' if len(found.same) != 1 else ''} came out alike"
     return "\n".join([*lines, f"{found.run}: {alike}{f', {otherwise} did not' if otherwise else ''}."])

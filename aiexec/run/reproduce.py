@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ACTING', 'Difference', 'Reproduction', 'package_changes', 'surrounding_changes', 'acts', 'as_written', 'given_again',
-           'output_differences', 'cell_differences', 'recorded', 'sound', 'made_again', 'reproduce_run']
+           'output_differences', 'cell_differences', 'recorded', 'sound', 'executed_again', 'failure', 'made_again',
+           'reproduce_run', 'reproduce_notebook']
 
 # %% ../../nbs/3_run/36a_reproduce.ipynb #edc5cdd0
 import json
@@ -17,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, ParameterError, did_you_mean
 from ..files import digest, write_text
+from .calls import kernels_of, project_of
 from .fingerprint import imported, project_modules, tree_of
 from .likeness import alike, frame_differences, shown, text_difference
-from .proof import input_problems, moved, proof_of, read_executed, source_problems, stamp_problems
+from .proof import input_problems, moved, proof_of, read_executed, source_problems, stamp_problems, surrounding
 from .records import RUNS, STEPS
 from .signature import kinds, read_signature
 from .stamp import ADDED, ask_git, hear_git, installed, surroundings, whole
@@ -28,6 +30,7 @@ from ..store import Ledger, open_ledger
 
 if TYPE_CHECKING:
     from aiexec.run.kernels import WarmKernels
+    from aiexec.run.notebook import Execution
 
 # %% ../../nbs/3_run/36a_reproduce.ipynb #4a016c11
 @dataclass(frozen=True)
@@ -173,24 +176,33 @@ def sound(ledger: Ledger, row: dict) -> tuple[dict, dict]:  # the executed noteb
     return nb, proof
 
 # %% ../../nbs/3_run/36a_reproduce.ipynb #c7c91334
-def made_again(settings: Settings, row: dict, nb: dict, proof: dict, folder: Path, source, tolerance: float) -> list[Difference]:
-    "Make one step again, and say how it came out otherwise."
+def executed_again(nb: dict, proof: dict, root: Path, folder: Path, environment: dict[str, str], **how) -> "Execution":
+    "Execute a notebook as it was written, with what it was given."
     from aiexec.run.notebook import execute
 
-    root, step = settings.root, row["step"]
     book = as_written(nb, folder / "written.ipynb")
     values, secrets = given_again(book, proof, root)
     declared = {one.name: one.annotation for one in read_signature(book).outputs}
-    about = source.environment(run=f"again-{row['run']}", step=step, usecase=row["usecase"])
     home = (root / proof["notebook"]).parent
     # what a notebook tells MLflow by itself goes nowhere that counts
     apart = {"MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}", "MLFLOW_RUN_ID": ""}
-    ended = execute(book, folder / "notebook.ipynb", values, cwd=home if home.is_dir() else root, kernels=source.open([book]),
-                    timeout=settings.timeout, environment={**about, **apart}, outputs=declared, collect_to=folder / "outputs",
-                    secrets=secrets or None)
+    return execute(book, folder / "notebook.ipynb", values, cwd=home if home.is_dir() else root, secrets=secrets or None,
+                   environment={**environment, **apart}, outputs=declared, collect_to=folder / "outputs", **how)
+
+
+def failure(step: str, ended: "Execution") -> list[Difference]:
+    "That it failed, if it did."
+    why = (ended.error or "").rstrip(".")
+    return [Difference(step, "the notebook", f"was done and failed ({ended.failure}): {why}")] if ended.status != "done" else []
+
+
+def made_again(settings: Settings, row: dict, nb: dict, proof: dict, folder: Path, source, tolerance: float) -> list[Difference]:
+    "Make one step again, and say how it came out otherwise."
+    step = row["step"]
+    about = source.environment(run=f"again-{row['run']}", step=step, usecase=row["usecase"])
+    ended = executed_again(nb, proof, settings.root, folder, about, kernels=source.open([folder]), timeout=settings.timeout)
     if ended.status != "done":
-        why = (ended.error or "").rstrip(".")
-        return [Difference(step, "the notebook", f"was {row['status']} and failed ({ended.failure}): {why}")]
+        return failure(step, ended)
     after = read_executed(folder / "notebook.ipynb")
     return output_differences(settings.home, row, ended.outputs, tolerance) + cell_differences(step, nb, after, tolerance)
 
@@ -228,4 +240,41 @@ def reproduce_run(
             found.differences.extend(differences)
             found.same.extend([] if differences else [step])
             tell(step, "differs" if differences else "alike")
+    return found
+
+# %% ../../nbs/3_run/36a_reproduce.ipynb #42cbade3
+def reproduce_notebook(
+    path: Path,  # an executed notebook
+    *,
+    tolerance: float = 1e-9,  # as for a run
+    acting: bool = False,
+    progress: Callable[[str, str], None] | None = None,
+) -> Reproduction:
+    "Make one executed notebook again; raises `DataError` and `NotebookError` before anything runs."
+    nb, name, tell = read_executed(path), Path(path).name, progress or (lambda step, status: None)
+    proof = proof_of(nb)
+    if proof is None:
+        raise DataError(f"{path} bears no proof.", "Only notebooks executed by aiexec run and its kin can be made again.")
+    ledger = surrounding(path, proof)
+    if ledger and proof.get("run"):
+        return reproduce_run(proof["run"], only=[proof["step"]], tolerance=tolerance, acting=acting, settings=ledger.settings,
+                             ledger=ledger, progress=progress)
+    root = ledger.settings.root if ledger else Path(path).resolve().parent
+    if wrong := stamp_problems(nb, proof, ledger.key if ledger and proof["seal"] else b"") + input_problems(proof, root):
+        raise DataError(f"{name} cannot be made again: {wrong[0]}", f"All findings: aiexec verify {path}.")
+    found, source = Reproduction(name, surrounding_changes(proof, root)), root / proof["notebook"]
+    if (why := acts(nb, [source.parent, root])) and not acting:
+        found.left_out[name] = f"it imports {why}, so it may change what is on record"
+        return found
+    tell(name, "started")
+    settings = project_of(source)
+    with ExitStack() as stack:
+        kernels, environment = kernels_of(settings, 1, stack)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="aiexec-again-")))
+        limit = settings.timeout if settings else 1800.0
+        ended = executed_again(nb, proof, root, folder, environment, kernels=kernels, timeout=limit)
+        after = read_executed(folder / "notebook.ipynb")
+    found.differences.extend(failure(name, ended) or cell_differences(name, nb, after, tolerance))
+    found.same.extend([] if found.differences else [name])
+    tell(name, "differs" if found.differences else "alike")
     return found
