@@ -1026,7 +1026,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'aiexec.run.kernels.die_with_parent': ('3_run/kernels.html#die_with_parent', 'aiexec/run/kernels.py'),
                                     'aiexec.run.kernels.fork': ('3_run/kernels.html#fork', 'aiexec/run/kernels.py'),
                                     'aiexec.run.kernels.heard': ('3_run/kernels.html#heard', 'aiexec/run/kernels.py'),
-                                    'aiexec.run.kernels.is_running': ('3_run/kernels.html#is_running', 'aiexec/run/kernels.py'),
                                     'aiexec.run.kernels.is_up': ('3_run/kernels.html#is_up', 'aiexec/run/kernels.py'),
                                     'aiexec.run.kernels.kill_group': ('3_run/kernels.html#kill_group', 'aiexec/run/kernels.py'),
                                     'aiexec.run.kernels.new_manager': ('3_run/kernels.html#new_manager', 'aiexec/run/kernels.py'),

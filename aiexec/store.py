@@ -230,7 +230,7 @@ class Tables:
             self.key = chain_key(settings)
         except OSError as why:
             raise LedgerError(f"{settings.home} cannot be written: {why.strerror}.", "Give yourself write access to it.") from why
-        sweep(settings.home, settings.home / "locks")
+        sweep(settings.home, settings.home / "locks", settings.home / "environments")
         self.created: set[str] = set()
         self.turn = threading.RLock()  # the threads of a process write one after the other
         self.prepare(EVENTS)

@@ -37,4 +37,13 @@ import matplotlib.pyplot as plt
 
 seen["plots"] = [plt.get_backend(), {name: str(value) for name, value in plt.rcParams.items()}]
 seen["events, plots imported"] = {name: [one.__qualname__ for one in calls] for name, calls in shell.events.callbacks.items()}
+import numpy
+import pandas
+import sklearn
+from pandas._config import config as options
+
+warnings.simplefilter("ignore")  # some options are on their way out
+names = [name for name in options._registered_options if name != "display.encoding"]  # 'utf-8' and 'UTF-8'
+seen["tables"] = {name: [str(pandas.get_option(name)), str(options._registered_options[name].defval)] for name in names}
+seen["numbers"] = [str(numpy.get_printoptions()), numpy.geterr(), str(sklearn.get_config())]
 print(json.dumps(seen, default=str))

@@ -59,7 +59,9 @@ def other_variable(
     if encoding(theirs) != encoding(ours):
         return "LC_CTYPE"
     names = sorted(name for name in {*theirs, *ours} if name.startswith(READ_AT_START) and name not in SET)
-    return next((name for name in names if theirs.get(name) != ours.get(name)), "")
+    # scikit-learn sets some when it is imported, here as there
+    same = {name for name in names if name not in ours and theirs[name] == os.environ.get(name)}
+    return next((name for name in names if name not in same and theirs.get(name) != ours.get(name)), "")
 
 
 def encoding(environment: dict[str, str]) -> str:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PR_SET_PDEATHSIG', 'LIBC', 'STOP_SECONDS', 'POLL_SECONDS', 'READY_SECONDS', 'SECONDS', 'die_with_parent',
            'kill_group', 'ForkedKernel', 'pause', 'KernelProvisioner', 'Kernel', 'whole_environment', 'WarmKernels',
-           'begin_server', 'fork', 'short_folder', 'is_running', 'private_folder', 'running_kernel', 'new_manager',
-           'ready', 'heard', 'open_kernels', 'is_up', 'KernelSource']
+           'begin_server', 'fork', 'short_folder', 'private_folder', 'running_kernel', 'new_manager', 'ready', 'heard',
+           'open_kernels', 'is_up', 'KernelSource']
 
 # %% ../../nbs/3_run/31a_kernels.ipynb #5f1a218c
 import asyncio
@@ -32,6 +32,7 @@ from jupyter_client.asynchronous import AsyncKernelClient
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.provisioning import LocalProvisioner
 
+from ..files import is_running
 from . import supervisor, warm
 from ..settings import KEYS, Settings
 
@@ -271,17 +272,6 @@ async def fork(
 def short_folder() -> Path:
     "Where sockets can live: their paths are limited to 107 bytes."
     return Path(tempfile.gettempdir() if len(os.fsencode(tempfile.gettempdir())) < 70 else "/tmp")
-
-
-def is_running(process: int) -> bool:
-    "Whether there is a process of this number."
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # somebody else's
-        pass
-    return True
 
 
 def private_folder() -> str:

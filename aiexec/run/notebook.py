@@ -195,7 +195,8 @@ async def take_outputs(job: Job, client: Cells) -> Execution:
     "Have the kernel hand over what was declared, by one silent execution that no cell keeps."
     if not job.outputs:
         return Execution("done")
-    with tempfile.TemporaryDirectory(prefix="aiexec-") as private:
+    beside = Path(client.km.connection_file).parent  # goes with the kernel's own files, whoever is killed
+    with tempfile.TemporaryDirectory(prefix="outputs-", dir=beside) as private:
         report, folder = Path(private) / "outputs.json", str(Path(job.collect_to or private).resolve())
         call = "__import__('aiexec.run.outputs', fromlist=['collect']).collect"
         content = await client.silently(f"{call}(globals(), {job.outputs!r}, {folder!r}, {str(report)!r})")

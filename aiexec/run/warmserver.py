@@ -6,6 +6,7 @@
 __all__ = ['KINDS', 'LOOK_SECONDS', 'chosen', 'preload', 'Server', 'listen', 'serve', 'offer_kernels', 'clean']
 
 # %% ../../nbs/3_run/38e_warmserver.ipynb #abfc523c
+import builtins
 import gc
 import json
 import os
@@ -16,11 +17,12 @@ import stat
 import sys
 import time
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
+from ..files import is_running
 from . import forked, warm
 from .forks import Forked, Spare, Spares, begin, leave, patched, rehearse, threads
-from .kernels import is_running
 from .leases import ORDER_SECONDS, Lease, Visitor, answer
 from .warm import NoServer, identity, peer
 from .workers import Workers
@@ -42,13 +44,18 @@ def preload(modules: list[str]) -> list[str]:  # those that are there
     "Import what forks will use; what cannot be imported is left out."
     found = []
     sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema would build a grammar of IRIs: 2 s
-    for name in modules:
-        try:
-            import_module(name)
-            found.append(name)
-        except Exception as why:  # an optional library that is broken is the notebook's matter, not the server's
-            if not isinstance(why, ModuleNotFoundError):
-                print(f"{name} is not preloaded: {why!r}", file=sys.stderr, flush=True)
+    # pandas asks at its import whether it is in a kernel, where a table may be wider than on a terminal
+    builtins.get_ipython = lambda: SimpleNamespace(kernel=None)
+    try:
+        for name in modules:
+            try:
+                import_module(name)
+                found.append(name)
+            except Exception as why:  # an optional library that is broken is the notebook's matter, not the server's
+                if not isinstance(why, ModuleNotFoundError):
+                    print(f"{name} is not preloaded: {why!r}", file=sys.stderr, flush=True)
+    finally:
+        del builtins.get_ipython
     return found
 
 # %% ../../nbs/3_run/38e_warmserver.ipynb #bdbdac2e
