@@ -86,8 +86,7 @@ class Project:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     project = Project(tmp_path_factory.mktemp("project"))
-    preload = ("ipykernel.kernelapp", "pandas", "pyarrow.parquet", "aiexec.run.outputs")
-    with WarmKernels(preload, environment={"PYTHONPATH": str(project.settings.root)}) as kernels:
+    with WarmKernels(environment={"PYTHONPATH": str(project.settings.root)}) as kernels:
         project.kernels = kernels
         yield project
 

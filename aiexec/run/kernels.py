@@ -199,7 +199,6 @@ class WarmKernels:
 
     def __init__(
         self,
-        preload: tuple[str, ...] = (),  # of no account: the server has a list of its own
         warm: bool = True,  # False: only cold kernels, no server
         environment: dict[str, str] | None = None,  # added to this process's, for each kernel
         wait: bool = True,  # for a server that is not up yet; otherwise a kernel is cold until it is

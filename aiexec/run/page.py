@@ -205,7 +205,7 @@ COLOURS = """--ink:#1c2430;--soft:#5c6673;--line:#dfe3e8;--paper:#fff;--field:#f
 DARK = """--ink:#e2e7ee;--soft:#98a3b1;--line:#323a45;--paper:#14181e;--field:#1c222b;--blue:#6aa5ff;--red:#ff8a80;
 --rose:#331d1d;--green:#5fd08f;--amber:#e5b567;--key:#c9a6ff;--text:#7fd6a4;--number:#f0b072;--call:#84b6ff"""
 TABLE = """:host{display:block}table{border-collapse:collapse;font-size:13px}table{border:0}th,td{padding:3px 10px;
-text-align:right;border:0;border-bottom:1px solid var(--line)}th{font-weight:600}tbody th{font-weight:400;
+text-align:right;white-space:nowrap;border:0;border-bottom:1px solid var(--line)}th{font-weight:600}tbody th{font-weight:400;
 color:var(--soft)}img{max-width:100%}a{color:var(--blue)}"""
 
 # %% ../../nbs/3_run/32d_page.ipynb #57af6401
