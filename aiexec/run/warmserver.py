@@ -23,7 +23,8 @@ from typing import Any
 from ..files import is_running
 from . import forked, warm
 from .forks import Forked, Spare, Spares, begin, leave, patched, rehearse, threads
-from .leases import ORDER_SECONDS, Lease, Visitor, answer
+from .leases import ORDER_SECONDS, Lease, Visitor, answer, bury
+from .supervisor import keep_orphans
 from .warm import NoServer, identity, peer
 from .workers import Workers
 
@@ -44,6 +45,7 @@ def preload(modules: list[str]) -> list[str]:  # those that are there
     "Import what forks will use; what cannot be imported is left out."
     found = []
     sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema would build a grammar of IRIs: 2 s
+    before = vars(builtins).get("get_ipython")
     # pandas asks at its import whether it is in a kernel, where a table may be wider than on a terminal
     builtins.get_ipython = lambda: SimpleNamespace(kernel=None)
     try:
@@ -55,7 +57,10 @@ def preload(modules: list[str]) -> list[str]:  # those that are there
                 if not isinstance(why, ModuleNotFoundError):
                     print(f"{name} is not preloaded: {why!r}", file=sys.stderr, flush=True)
     finally:
-        del builtins.get_ipython
+        if before:
+            builtins.get_ipython = before
+        else:
+            del builtins.get_ipython
     return found
 
 # %% ../../nbs/3_run/38e_warmserver.ipynb #bdbdac2e
@@ -99,6 +104,7 @@ class Server:
         now = time.monotonic()
         for visitor in [visitor for visitor in self.visitors.values() if now > visitor.until]:
             self.dismiss(visitor)
+        bury(self.known())
         if not self.listener:
             return
         self.spares.keep(self.leave_to_server)
@@ -300,6 +306,12 @@ def release(self, lease: Lease) -> None:
     self.watch.unregister(lease.channel)
     lease.kill()
 
+# %% ../../nbs/3_run/38e_warmserver.ipynb #0f422923
+@patched(Server)
+def known(self) -> set[int]:
+    "The processes that wait or are leased."
+    return {*self.leases, *(one.pid for one in [*self.spares.waiting, *self.workers.waiting])}
+
 
 @patched(Server)
 def end(self, lease: Lease) -> None:
@@ -311,6 +323,7 @@ def end(self, lease: Lease) -> None:
     if lease.pid in self.settling:
         self.forget(lease)
     code = lease.reap()
+    bury(self.known())
     if lease.state == "ordered":
         answer(lease.channel, refused="the kernel ended before it was ready")
     elif lease.state == "running":
@@ -345,6 +358,7 @@ def serve(
         import_module(KINDS["command"]).practise()
     forked.loaded(), forked.known()
     rehearse()
+    keep_orphans()
     gc.collect()
     gc.freeze()
     try:
