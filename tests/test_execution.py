@@ -173,7 +173,7 @@ if CGROUPS:  # where the tests may make a group with a limit of its own
 
 
 def test_each_cell_tells_what_it_took(tmp_path, warm):
-    burn = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'for i in range(6_000_000): pass'])"
+    burn = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'for i in range(20_000_000): pass'])"
     ended = run(tmp_path, burn, "x = bytearray(b'x') * 300_000_000; del x", "b = 1", kernels=warm)
     first, child, large, small = ended.cells
     assert child.usage.cpu > 0.1 > small.usage.cpu

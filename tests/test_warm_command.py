@@ -63,7 +63,7 @@ def typed(world: Path, *words: str, warmth: str = "warm", cwd: str = ".", more: 
 
 
 def begin(world: Path, *words: str, warmth: str = "warm", **how) -> subprocess.Popen:
-    return subprocess.Popen([world / "bin" / "aiexec", *words], cwd=world, env=surroundings(warmth), stdin=subprocess.DEVNULL,
+    return subprocess.Popen([world / "bin" / "aiexec", *words], cwd=world, env=surroundings(warmth), stdin=subprocess.DEVNULL, process_group=0,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
 
 

@@ -85,7 +85,7 @@ def project_of(notebook: Path) -> Settings | None:
 
 def kernels_of(settings: Settings | None, number: int, stack: ExitStack) -> "tuple[WarmKernels | None, dict[str, str]]":
     "Where the kernels of so many executions come from, and what their environment says of the project."
-    from aiexec.run.kernels import KernelSource, WarmKernels, begin_server, is_up
+    from aiexec.run.kernels import FROM_SOURCE, KernelSource, WarmKernels, begin_server, is_up
 
     if settings:
         source = KernelSource(settings, None, stack)
@@ -93,9 +93,9 @@ def kernels_of(settings: Settings | None, number: int, stack: ExitStack) -> "tup
     if os.environ.get("AIEXEC_KERNELS") == "cold":
         return None, {}
     if number > 1 or is_up():
-        return stack.enter_context(WarmKernels()), {}
+        return stack.enter_context(WarmKernels()), FROM_SOURCE
     stack.callback(begin_server)  # for the next command
-    return None, {}
+    return None, FROM_SOURCE
 
 # %% ../../nbs/3_run/35h_calls.ipynb #bf74c6de
 def execute_calls(
