@@ -499,6 +499,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'aiexec.model.tracking.named': ('4_model/tracking.html#named', 'aiexec/model/tracking.py'),
                                        'aiexec.model.tracking.prepared': ('4_model/tracking.html#prepared', 'aiexec/model/tracking.py'),
                                        'aiexec.model.tracking.quiet': ('4_model/tracking.html#quiet', 'aiexec/model/tracking.py'),
+                                       'aiexec.model.tracking.readable': ('4_model/tracking.html#readable', 'aiexec/model/tracking.py'),
                                        'aiexec.model.tracking.running': ('4_model/tracking.html#running', 'aiexec/model/tracking.py'),
                                        'aiexec.model.tracking.sound': ('4_model/tracking.html#sound', 'aiexec/model/tracking.py'),
                                        'aiexec.model.tracking.told': ('4_model/tracking.html#told', 'aiexec/model/tracking.py'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['QUIETLY', 'READY', 'quiet', 'complete', 'sound', 'prepared', 'usable', 'tracking_ready', 'make_database',
-           'tracking_client', 'experiment', 'brief', 'is_number', 'named', 'given', 'measured', 'told', 'inputs_seen',
-           'running', 'MlflowRecorder']
+           'tracking_client', 'experiment', 'brief', 'is_number', 'named', 'given', 'measured', 'told', 'readable',
+           'inputs_seen', 'running', 'MlflowRecorder']
 
 # %% ../../nbs/4_model/40_tracking.ipynb #7ec7b9c9
 import os
@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Iterator
 from ..define.usecase import UseCase
 from ..errors import RegistryError
 from ..files import lock, writing
+from ..run.page import write_page
 from ..settings import Settings, current_actor
 
 if TYPE_CHECKING:
@@ -196,6 +197,14 @@ def told(outputs: dict) -> "list[RunTag]":
     return [RunTag(f"aiexec.output.{name}", brief(value)) for name, value in outputs.items() if isinstance(value, (str, bool))]
 
 
+@contextmanager
+def readable(notebook: Path) -> Iterator[str]:  # a folder
+    "An executed notebook, and the page of it that MLflow's own pages show as it is."
+    with tempfile.TemporaryDirectory() as folder:
+        write_page(Path(shutil.copy2(notebook, folder)))
+        yield folder
+
+
 def inputs_seen(inputs: dict[str, str]) -> "list[DatasetInput]":
     "Inputs, by name and digest, as MLflow shows them; it takes 36 digits."
     from mlflow.entities import Dataset, DatasetInput
@@ -251,7 +260,8 @@ class MlflowRecorder:
             if inputs:
                 self.client.log_inputs(tracked, datasets=inputs_seen(inputs))
             if notebook and Path(notebook).is_file():
-                self.client.log_artifact(tracked, str(notebook))
+                with readable(notebook) as folder:
+                    self.client.log_artifacts(tracked, folder)
             self.client.set_terminated(tracked, status)
 
     def left_open(self, usecase: UseCase, run: str) -> list[str]:  # MLflow's run ids
