@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from io import TextIOWrapper
 
-from .forked import LIMITS, START, draw, measured, other_standing, other_variable, shadow
+from .forked import LIMITS, START, added, draw, measured, other_standing, other_variable, shadow
 from .warm import started
 
 # %% ../../nbs/3_run/38b_worker.ipynb #21a03463
@@ -25,8 +25,9 @@ def refusal(order: dict) -> str:
         return "the interpreter was started in another way"
     if name := other_variable(waiting | order["environment"], START):
         return f"{name} differs from the warm server's, and is read only when a library is imported"
+    first = added(order["environment"], order["cwd"])  # before the standard library, and read for a sitecustomize
     for folder in order["path"][1:]:
-        if folder not in sys.path and (name := shadow(folder, standard=False)):
+        if folder not in sys.path and (name := shadow(folder, standard=os.path.normpath(folder) in first)):
             return f"{folder} has a module {name}, which the warm server has imported from elsewhere"
     if name := other_standing(order["peer"]):
         return f"{name} differs from the warm server's"
