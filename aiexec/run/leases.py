@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from .supervisor import end_below
+from .supervisor import children_of, end_below
 
 # %% ../../nbs/3_run/38d_leases.ipynb #0e1dd35b
 ORDER_SECONDS, ORDER_BYTES = 5.0, 4_000_000
@@ -108,9 +108,7 @@ def is_of_kernel(process: int) -> bool:
 
 def bury(known: set[int]) -> None:  # the children that are looked after otherwise
     "End what dead kernels have left to this process, and take leave of whatever else of its orphans has ended."
-    with open(f"/proc/self/task/{os.getpid()}/children") as children:
-        orphans = {int(child) for child in children.read().split()} - known
-    for orphan in orphans:
+    for orphan in {*children_of(os.getpid())} - known:
         if is_of_kernel(orphan):
             end_below(orphan)
             os.kill(orphan, signal.SIGKILL)

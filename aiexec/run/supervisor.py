@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PR_SET_PDEATHSIG', 'PR_SET_CHILD_SUBREAPER', 'SIGKILL', 'SIGSTOP', 'END_SECONDS', 'FOR_EVER', 'LIBC', 'POSSIBLE',
-           'start', 'below', 'send', 'end_all', 'keep_orphans', 'end_below', 'supervise', 'say', 'start_supervised']
+           'start', 'children_of', 'below', 'send', 'end_all', 'keep_orphans', 'end_below', 'supervise', 'say',
+           'start_supervised']
 
 # %% ../../nbs/3_run/30z_supervisor.ipynb #2f660d2a
 import ctypes
@@ -16,7 +17,7 @@ import time
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
 SIGKILL, SIGSTOP = 9, 19  # the module `signal` takes as long to import as all the rest
 END_SECONDS, FOR_EVER = 10.0, 1e6
-LIBC = ctypes.CDLL(None)
+LIBC = ctypes.CDLL(None) if os.name == "posix" else None  # Windows has neither supervisors nor warm kernels
 
 
 def start(command: list[str]) -> int:  # the kernel's process number, also its session and process group
@@ -36,19 +37,25 @@ def start(command: list[str]) -> int:  # the kernel's process number, also its s
     os._exit(127)
 
 # %% ../../nbs/3_run/30z_supervisor.ipynb #3b23dd7e
+def children_of(pid: int) -> list[int]:
+    "The processes that this one's threads have started and that still run."
+    found = []
+    try:
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/children") as stream:
+                found += map(int, stream.read().split())
+    except OSError:  # the process or the thread has ended meanwhile
+        return found
+    return found
+
+
 def below(pid: int) -> list[int]:
     "All that a process has started, and what these have."
     found, waiting = [], [pid]
     while waiting:
-        parent = waiting.pop()
-        try:
-            for thread in os.listdir(f"/proc/{parent}/task"):
-                with open(f"/proc/{parent}/task/{thread}/children") as stream:
-                    children = [int(child) for child in stream.read().split()]
-                    found += children
-                    waiting += children
-        except OSError:
-            continue
+        children = children_of(waiting.pop())
+        found += children
+        waiting += children
     return found
 
 
