@@ -20,7 +20,8 @@ from ..errors import MissingExtra, ParameterError, SpecificationError
 SECTIONS = {
     "Begin": ("demo", "new", "doctor"),
     "Run": ("check", "run", "resume", "why", "runs", "verify", "reproduce", "schedule", "backfill", "warm"),
-    "Models": ("models", "promote", "rollback", "score"),
+    "Models": ("models", "promote", "rollback"),
+    "Serve": ("score",),
     "Watch": ("monitor", "alerts", "drift", "performance"),
     "Decide": ("decide", "deliver"),
     "Govern": ("roi", "portfolio", "audit"),
