@@ -18,9 +18,9 @@ FOREIGN = {
     "papermill": {"run.notebook", "run.engine"},
     "jupyter_client": {"run.kernels", "run.provisioner"},
     "sqlalchemy": {"store"},
-    "mlflow": {"model.tracking", "model.registry", "serve.scorer"},
+    "mlflow": {"model.tracking", "model.registry", "serve.scorer", "serve.models"},
     "cronsim": {"run.schedule", "define.usecase"},
-    "skops": {"model.registry", "serve.scorer"},
+    "skops": {"model.registry", "serve.scorer", "serve.models"},
     "pandera": {"data.contracts"},
     "voila": {"show.dashboards"},
     "click": {"cli"},
@@ -30,6 +30,8 @@ FOREIGN = {
     "markdown_it": {"run.page"},
     "pygments": {"run.page"},
     "fastapi": {"serve.service"},
+    "uvicorn": {"serve.workers"},
+    "orjson": {"serve"},
 }
 
 
