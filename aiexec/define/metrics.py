@@ -110,8 +110,8 @@ def metric(
 
 # %% ../../nbs/1_define/11_metrics.ipynb #7ef0cfd1
 NUMBERS = re.compile(r"r2|explained_variance|d2_absolute_error_score|neg_.*(error|deviance)")  # scorers of predicted numbers
-CHANCES = re.compile(r"roc_auc_.*|top_k_accuracy|neg_log_loss|neg_brier_score|d2_(log_loss|brier)_score|average_precision")
-NEITHER = re.compile(r".*(_samples|rand_score|mutual_info_score|mallows_score|homogeneity_score|completeness_score|v_measure_score)")
+CHANCES = re.compile(r"roc_auc_.*|neg_log_loss|neg_brier_score|d2_(log_loss|brier)_score|average_precision")
+NEITHER = re.compile(r"top_k_accuracy|.*_samples|.*(rand|mutual_info|mallows|homogeneity|completeness|v_measure)_score")
 
 
 @cache

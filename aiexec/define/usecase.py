@@ -104,7 +104,7 @@ class Calibration(Specification):
     "How far probabilities may be from what comes."
 
     error: Share | None = None  # the most that the expected calibration error may be
-    slope: tuple[float, float] | None = Field(default=None, strict=False)  # within which the calibration slope must lie; 1 is right
+    slope: tuple[float, float] | None = Field(default=None, strict=False)  # within which the slope must lie; 1 is right
 
 
 class Fairness(Specification):
@@ -134,7 +134,8 @@ class Gate(Specification):
     minimum_rows: int = Field(default=500, ge=2)  # with labels, below which a gate cannot tell
     least: float | None = Field(default=None, gt=0)  # the smallest difference that matters, in the metric's own unit
     segments: list[str] = []  # columns in whose groups it must not be worse
-    floor: Annotated[dict[str, Annotated[float, Field(le=0)]], BeforeValidator(one_floor)] = {}  # every, a column, or 'carrier UA'
+    # by how much at most it may be worse there: in every segment, in those of a column, or in one, such as 'carrier UA'
+    floor: Annotated[dict[str, Annotated[float, Field(le=0)]], BeforeValidator(one_floor)] = {}
     calibration: Annotated[Calibration, BeforeValidator(one_error)] | None = None
     fairness: Fairness | None = None
     latency_ms: float | None = Field(default=None, gt=0)  # the most that one row may take, median of many

@@ -92,7 +92,8 @@ def compare(
         outcome, effect = ruled(check, must if place == 0 else "not be worse", bound, least)
         needed = still_needed(check, effect, level, minimum_rows) if outcome == "cannot tell" else nan
         shown = {} if check["rows"] < minimum_rows else check
-        checks.append({"check": label, **{key: check[key] for key in ("rows", "groups")}, **shown, "outcome": outcome, "needed": needed})
+        size = {key: check[key] for key in ("rows", "groups")}
+        checks.append({"check": label, **size, **shown, "outcome": outcome, "needed": needed})
     return judged(one, must, confidence, pd.DataFrame(checks).reindex(columns=CHECK), getattr(groups, "name", None) or "group")
 
 # %% ../../nbs/4_model/42_gates.ipynb #e81f5600
@@ -202,7 +203,8 @@ def judged(one: Metric, must: str, confidence: float, checks: pd.DataFrame, unit
         form = "+,.0f" if one.needs == "value" else "+.4f"
         difference, low, high = (format(whole[key], form) for key in ("difference", "low", "high"))
         place = "better" if whole["low"] > 0 else "worse" if whole["high"] < 0 else DEMANDS[must]
-        why = f"The challenger is {place}: {difference} {one.name} ({low} to {high}, {confidence:.0%}) on {size}{would_take(whole)}."
+        found = f"{difference} {one.name} ({low} to {high}, {confidence:.0%}) on {size}"
+        why = f"The challenger is {place}: {found}{would_take(whole)}."
     worse, doubtful = parts.query("outcome == 'fail'"), parts.query("outcome == 'cannot tell' and low == low")
     if outcome == "pass" and len(worse):
         outcome, why = "fail", f"{why[:-1]}, but it is worse for {', '.join(worse['check'])}."
@@ -263,7 +265,8 @@ def record_gates(
              "usecase": usecase, "window": window}
     rows = [evidence_of(verdict, about) for verdict in verdicts]
     known = {row["evidence"] for row in ledger.rows(GATES, model=name, version=version)}
-    fresh = [row | {**acting(), "at": now(), "actor": current_actor(ledger.settings)} for row in rows if row["evidence"] not in known]
+    stamp = {**acting(), "at": now(), "actor": current_actor(ledger.settings)}
+    fresh = [row | stamp for row in rows if row["evidence"] not in known]
     if fresh:
         outcome = gravest(row["outcome"] for row in rows)
         body = {**about, "outcome": outcome, "why": " ".join(row["why"] for row in rows), "verdicts": fresh}
