@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEMORY', 'Share', 'Threshold', 'Value', 'Retries', 'size', 'Step', 'Calibration', 'Fairness', 'one_error',
-           'one_floor', 'Gate', 'Model', 'Psi', 'Monitor', 'Decide', 'five_fields', 'Schedule', 'line_of_cron',
-           'UseCase', 'load_usecase', 'names', 'list_usecases', 'json_schema']
+           'one_floor', 'Gate', 'Model', 'Psi', 'Monitor', 'Canary', 'Serve', 'Decide', 'five_fields', 'Schedule',
+           'line_of_cron', 'UseCase', 'load_usecase', 'names', 'list_usecases', 'json_schema']
 
 # %% ../../nbs/1_define/10_usecase.ipynb #868aaea7
 import re
@@ -190,6 +190,32 @@ class Monitor(Specification):
         "Months between a window and its labels."
         return int(self.label_delay.split()[0])
 
+# %% ../../nbs/1_define/10_usecase.ipynb #4b39a6ec
+class Canary(Specification):
+    "How a new version is tried on a share of the requests, and when it is taken back."
+
+    percent: float = Field(default=10, gt=0, lt=100)  # of the keys
+    errors: float = Field(default=0.01, ge=0, lt=1)  # by how much its share of errors may lie above the champion's
+    slower: float = Field(default=1.5, ge=1)  # how many times as long its answers may take
+    timeout: float = Field(default=1.0, gt=0)  # seconds after which the champion answers in its place
+    minimum: int = Field(default=50, ge=20)  # answers of each before anything is said
+    confidence: float = Field(default=0.99, ge=0.5, lt=1)  # that it is not taken back by chance
+
+
+class Serve(Specification):
+    "How a model is served."
+
+    mask: tuple[str, ...] = Field(default=(), strict=False)  # inputs, or key, that are logged as a keyed hash
+    drop: tuple[str, ...] = Field(default=(), strict=False)  # inputs, or key, that are not logged
+    shadow: bool = True  # a challenger newer than the champion scores each request as well, and answers none
+    canary: Canary = Canary()
+
+    @model_validator(mode="after")
+    def once(self):
+        if both := set(self.mask) & set(self.drop):
+            raise ValueError(f"{min(both)} is masked and dropped: say one of them")
+        return self
+
 # %% ../../nbs/1_define/10_usecase.ipynb #74c87efe
 class Decide(Specification):
     "How scores become decisions, and where these go."
@@ -249,6 +275,7 @@ class UseCase(Specification):
     model: Model | None = None
     monitor: Monitor = Monitor()
     decide: Decide | None = None
+    serve: Serve = Serve()
     schedule: Annotated[Schedule, BeforeValidator(line_of_cron, json_schema_input_type=str | Schedule)] | None = None
     _folder: Path = PrivateAttr(default=Path())
 
