@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AiexecError', 'SpecificationError', 'ParameterError', 'NotebookError', 'PipelineError', 'DataError', 'RunFailed',
-           'LockedError', 'StaleWrite', 'LedgerError', 'RegistryError', 'DeliveryError', 'MissingExtra', 'did_you_mean',
-           'require']
+           'LockedError', 'StaleWrite', 'LedgerError', 'RegistryError', 'ApprovalError', 'DeliveryError',
+           'MissingExtra', 'did_you_mean', 'require']
 
 # %% ../nbs/00_errors.ipynb #7a2cd70a
 from difflib import get_close_matches
@@ -68,6 +68,10 @@ class LedgerError(AiexecError):
 # %% ../nbs/00_errors.ipynb #52988ef2
 class RegistryError(AiexecError):
     "A model version or alias is not what was asked for."
+
+
+class ApprovalError(AiexecError):
+    "A person may not do this, or not before somebody else has agreed."
 
 
 class DeliveryError(AiexecError):

@@ -19,7 +19,8 @@ from sklearn.preprocessing import OrdinalEncoder
 
 from aiexec.errors import AiexecError, RegistryError, StaleWrite
 from aiexec.model import registry
-from aiexec.model.registry import champion, find_version, history, mend, promote, register, rollback, versions
+from aiexec.model.mending import Mended, mend
+from aiexec.model.registry import champion, find_version, history, promote, register, rollback, versions
 from aiexec.model.tracking import sound, tracking_client, tracking_ready
 from aiexec.serve.scorer import load_scorer
 from aiexec.settings import Settings
@@ -202,11 +203,11 @@ def test_ledger_and_mlflow_tell_the_same(project):
         assert client.get_run(row["tracked"]).data.metrics == row["metrics"]
     assert not shown
     assert (alias_in_mlflow(settings), alias_in_mlflow(settings, "challenger")) == (2, 3)
-    assert mend(MODEL, ledger=ledger) == []
+    assert mend(MODEL, ledger=ledger) == Mended()
 
 
 def crash_after_ledger(settings: Settings) -> None:
-    registry.mend = lambda *given, **named: os.kill(os.getpid(), signal.SIGKILL)
+    registry.show_aliases = lambda *given, **named: os.kill(os.getpid(), signal.SIGKILL)
     promote(MODEL, 2, reason="beats version 1", expect=1, settings=settings)
 
 
@@ -216,9 +217,9 @@ def test_a_crash_between_ledger_and_mlflow_is_mended(tmp_path):
     assert children(crash_after_ledger, [(settings,)]) == [-signal.SIGKILL]
     ledger = open_ledger(settings)
     assert (champion(MODEL, ledger), alias_in_mlflow(settings)) == (2, 1)
-    assert mend(MODEL, ledger=ledger) == ["MLflow's champion of flight_delays was 1 and is now 2, as in the ledger."]
+    assert mend(MODEL, ledger=ledger).done == ("MLflow's champion of flight_delays was 1 and is now 2, as in the ledger.",)
     assert alias_in_mlflow(settings) == 2
-    assert mend(MODEL, ledger=ledger) == []
+    assert mend(MODEL, ledger=ledger) == Mended()
 
 
 def crash_before_ledger(settings: Settings) -> None:
@@ -231,11 +232,10 @@ def test_a_crash_between_mlflow_and_ledger_registers_once(tmp_path):
     assert children(crash_before_ledger, [(settings,)]) == [-signal.SIGKILL]
     ledger = open_ledger(settings)
     assert versions(MODEL, ledger) == []
-    assert mend(MODEL, ledger=ledger) == ["flight_delays version 1 is in MLflow, but not in the ledger."]
     simple_models(settings, 1)
     assert [row["version"] for row in versions(MODEL, ledger)] == [1]
     assert len(tracking_client(settings).search_model_versions()) == 1
-    assert mend(MODEL, ledger=ledger) == []
+    assert mend(MODEL, ledger=ledger) == Mended()
     assert load_scorer(MODEL, 1, ledger=ledger).columns == ("hour",)
 
 
@@ -251,7 +251,7 @@ def test_a_promotion_stands_when_mlflow_cannot_be_reached(project, monkeypatch):
         promote(MODEL, 2, reason="beats version 1", expect=1, ledger=ledger)
     assert "MLflow does not answer" in str(warned[-1].message)
     assert (champion(MODEL, ledger), alias_in_mlflow(settings)) == (2, 1)
-    assert len(mend(MODEL, ledger=ledger)) == 1
+    assert len(mend(MODEL, ledger=ledger).done) == 1
     assert alias_in_mlflow(settings) == 2
 
 

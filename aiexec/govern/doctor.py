@@ -19,7 +19,7 @@ from ..define.usecase import load_usecase, names
 from ..errors import AiexecError
 from ..files import writing
 from .audit import verify_chain
-from ..model.registry import mend
+from ..model.mending import known_models, mend
 from ..model.tracking import tracking_ready
 from ..run.signature import check_notebook
 from ..settings import Settings
@@ -86,12 +86,16 @@ def definitions(settings: Settings) -> str:
 
 # %% ../../nbs/8_govern/88_doctor.ipynb #9f06757d
 def registry(settings: Settings) -> str:
-    "Whether MLflow's aliases are the ledger's; a promotion cut in half is completed from the ledger."
-    ledger, mended = open_ledger(settings), []
-    for name in names(settings):
-        usecase = load_usecase(name, settings)
-        mended += mend(usecase.model.name, settings, ledger) if usecase.model else []
-    return f"mended: {'; '.join(map(str, mended))}" if mended else "MLflow and the ledger agree"
+    "Whether MLflow and the ledger tell the same of versions and aliases; what a crash left half done is completed."
+    ledger = open_ledger(settings)
+    owned = {usecase.model.name for name in names(settings) if (usecase := load_usecase(name, settings)).model}
+    found = [mend(name, ledger=ledger) for name in sorted({*owned, *known_models(ledger)})]
+    done = " ".join(line for one in found for line in one.done)
+    left = " ".join(line for one in found for line in one.left)
+    if left:
+        remedy = "Look at them in MLflow: aiexec models lists what the ledger has."
+        raise AiexecError(f"{left}{f' Mended: {done}' if done else ''}", remedy)
+    return f"mended: {done}" if done else "MLflow and the ledger agree"
 
 
 def kernel(settings: Settings) -> str:

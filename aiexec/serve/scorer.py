@@ -45,6 +45,8 @@ class Scorer:
             names = ", ".join(missing)
             raise DataError(f"{self.name} version {self.version} needs the columns {names}, which are missing.",
                             did_you_mean(missing[0], map(str, features.columns)))
+        if len(getattr(self.model, "classes_", ())) != 2:
+            raise DataError(f"{self.name} version {self.version} does not tell between two classes.", "Serve it: aiexec serve.")
         if features.empty:
             return np.empty(0)
         try:
