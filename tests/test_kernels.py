@@ -111,6 +111,16 @@ def test_a_variable_that_is_read_at_the_start_asks_for_a_cold_kernel(tmp_path, n
     assert "differs from the warm server's, and is read only at the start of a process" in notice
 
 
+def test_a_server_started_where_scikit_learn_was_imported_serves_everybody(tmp_path):
+    set_by_it = {"KMP_DUPLICATE_LIB_OK": "True", "KMP_INIT_AT_FORK": "FALSE"}
+    plain = {name: value for name, value in os.environ.items() if name not in set_by_it}
+    with little_server(**set_by_it):
+        warm.start()
+        assert run("print('with')", tmp_path)[::2] == ("warm", "with\n")
+        with patch.dict(os.environ, plain | {"AIEXEC_RUNTIME": os.environ["AIEXEC_RUNTIME"]}, clear=True):
+            assert run("print('without')", tmp_path)[::2] == ("warm", "without\n")
+
+
 def test_a_module_that_hides_an_imported_one_asks_for_a_cold_kernel(tmp_path):
     (tmp_path / "sklearn.py").write_text("own = True")
     kind, notice, text = run("import sklearn; print(sklearn.own)", tmp_path)
