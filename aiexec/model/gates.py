@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GATES', 'CHECK', 'DEMANDS', 'EVENT', 'Verdict', 'compare', 'measured', 'ruled', 'still_needed', 'floor_of',
-           'checked_question', 'parts_of', 'groups_of', 'checked_rows', 'judged', 'would_take', 'on_lines', 'gravest',
-           'record_gates', 'evidence_of', 'record_gate', 'gates', 'standing']
+           'checked_question', 'parts_of', 'groups_of', 'checked_rows', 'judged', 'would_take', 'on_lines', 'on_limits',
+           'figure_of', 'bounded', 'gravest', 'record_gates', 'evidence_of', 'record_gate', 'gates', 'standing']
 
 # %% ../../nbs/4_model/42_gates.ipynb #5da49ade
 from dataclasses import dataclass
@@ -239,6 +239,33 @@ def on_lines(
     untold = dict.fromkeys(("difference", "low", "high", "confidence"), nothing)
     why = f"There is no champion; on {rows:,} labelled rows: {met}."
     return Verdict(outcome, usecase.gate_metric, **untold, rows=rows, checks=pd.DataFrame(checks, columns=CHECK), why=why)
+
+
+def on_limits(metric: str, checks: list[dict], rows: int, confidence: float = nan) -> Verdict:
+    "Judge by limits that each stand for themselves: what is not measured cannot be told."
+    frame = pd.DataFrame(checks).reindex(columns=CHECK)
+    told = [f"{one['check']} ({figure_of(one)}: {one['outcome']})" for one in frame.to_dict("records")]
+    untold = dict.fromkeys(("difference", "low", "high"), nan)
+    why = f"On {rows:,} rows: {', '.join(told)}." if rows else f"{'; '.join(told)}."
+    return Verdict(gravest(frame["outcome"]), metric, **untold, confidence=confidence, rows=rows, checks=frame, why=why)
+
+
+def figure_of(check: dict) -> str:
+    "What was found, and how certainly."
+    value, low, high = (check[key] for key in ("challenger", "low", "high"))
+    return "not measured" if value != value else f"{value:.3g}" + (f", {low:.3g} to {high:.3g}" if low == low else "")
+
+
+def bounded(
+    low: float,  # interval of what was found
+    high: float,
+    at_least: float = -float("inf"),
+    at_most: float = float("inf"),
+) -> str:
+    "Whether an interval lies within bounds: pass; beyond one: fail; across one: cannot tell."
+    if low != low or high != high:
+        return "cannot tell"
+    return "pass" if low >= at_least and high <= at_most else "fail" if high < at_least or low > at_most else "cannot tell"
 
 
 def gravest(outcomes: Iterable[str]) -> str:
