@@ -72,14 +72,13 @@ class Lagging:
     ):
         self.work, self.pause, self.dropped, self.failed = work, pause, 0, ""
         self.queue: Queue = Queue(room)
-        self.ended, self.idle = Event(), Event()
+        self.ended = Event()
         self.thread = Thread(target=self.run, name=name, daemon=True)
         self.thread.start()
 
     def offer(self, piece: Any, weight: int = 1) -> bool:  # False: it was dropped
         "Hand something over, without waiting."
         try:
-            self.idle.clear()
             self.queue.put_nowait(piece)
             return True
         except Full:
@@ -90,14 +89,14 @@ class Lagging:
         "What the thread does."
         while not (self.ended.is_set() and self.queue.empty()):
             pieces = self.gathered()
-            if not pieces:
-                self.idle.set()
-                continue
             try:
-                self.work(pieces)
-                self.failed = ""
+                if pieces:
+                    self.work(pieces)
+                    self.failed = ""
             except Exception as why:  # a shadow's trouble is never that of the answers
                 self.failed = f"{type(why).__name__}: {why}"[:300]
+            for _ in pieces:
+                self.queue.task_done()
 
     def gathered(self) -> list:
         "What has come, after a pause for more."
@@ -111,6 +110,11 @@ class Lagging:
                 pieces.append(self.queue.get_nowait())
         except Empty:
             return pieces
+
+    @property
+    def waiting(self) -> int:
+        "How many pieces are not done."
+        return self.queue.unfinished_tasks
 
     def close(self, wait: float = 5.0) -> None:
         "Finish what has been taken, for so many seconds at most."

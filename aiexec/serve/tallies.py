@@ -34,7 +34,7 @@ class Tally:
         "Count one call."
         self.answers += rows
         self.errors += errors
-        self.times[rows.bit_length(), math.floor(STEPS * math.log2(max(seconds, 1e-6)))] += 1
+        self.times[max(0, (rows - 1).bit_length() - 2) // 3, math.floor(STEPS * math.log2(max(seconds, 1e-6)))] += 1
 
     def __add__(self, other: "Tally") -> "Tally":
         return Tally(self.answers + other.answers, self.errors + other.errors, self.times + other.times)
@@ -95,10 +95,15 @@ def errors_by_chance(champion: Tally, canary: Tally) -> float:  # p
 def slower_by_chance(champion: Tally, canary: Tally, allowed: float) -> float:  # p
     "How likely the canary looks so slow by chance (P. van Elteren 1960; ties as in E. L. Lehmann, *Nonparametrics*, 1975)."
     shift, statistic, variance = math.ceil(STEPS * math.log2(allowed)), 0.0, 0.0
-    for size in {size for size, _ in canary.times} & {size for size, _ in champion.times}:
-        first = Counter({step: count for (one, step), count in canary.times.items() if one == size})
+    sizes = sorted({size for size, _ in champion.times})
+    for below_it, size in zip([-1, *sizes], sizes):
+        first = Counter()
+        for (one, step), count in canary.times.items():
+            first[step] += count if below_it < one <= size else 0
         second = Counter({step + shift: count for (one, step), count in champion.times.items() if one == size})
         m, n = first.total(), second.total()
+        if not m:
+            continue
         above, below, ties = 0.0, 0, 0
         for step in sorted({*first, *second}):
             above += first[step] * (below + second[step] / 2)
