@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from .notebooks import run_notebook, values_in
+from .notebooks import EXPECTED, run_notebook, values_in
 from .output import Answer, Teller, figure, table, verb
 from .work import chosen, live_demo, main, opened, unfinished_demo
 
@@ -73,6 +73,7 @@ ENDS = {"cached": "unchanged", "failed": "FAILED"}
 def listener(teller: Teller):
     "Tells what the runner reports, of several steps at a time."
     under_way: dict[str, str] = {}
+    noted = {*EXPECTED}  # why kernels were cold, each said once
 
     def listen(event) -> None:
         if event.status in ("started", "cell", "waiting"):
@@ -84,7 +85,8 @@ def listener(teller: Teller):
         else:
             under_way.pop(event.step, None)
             note = ENDS.get(event.status) or (f"{event.seconds:.1f} s" if event.status == "done" else event.status)
-            more = event.message if event.status in ("notice", "skipped", "failed") else ""
+            more = event.message if event.status in ("notice", "skipped", "failed") or event.message not in noted else ""
+            noted.add(event.message)
             if event.status != "cached" or event.steps <= 40:
                 teller.done(f"{event.step:<10} {note}  {more}".strip())
         some = list(under_way.values())
