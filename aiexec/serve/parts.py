@@ -267,8 +267,9 @@ class FileInput:
         for chunk in self.from_row(file, needed, part.first):
             chunk = chunk[:left]
             ids = text_ids(self.id_column(chunk), part.source, part.first + part.rows - left)
-            frame = chunk.to_pandas() if isinstance(chunk, pa.Table) else chunk
-            yield ids, with_keys(frame, file.keys, needed, part.source)
+            if isinstance(chunk, pa.Table):
+                chunk = (chunk if self.id in needed else chunk.drop_columns([self.id])).to_pandas()
+            yield ids, with_keys(chunk, file.keys, needed, part.source)
             left -= len(ids)
             if not left:
                 return
