@@ -110,9 +110,16 @@ class Calibration(Specification):
 class Fairness(Specification):
     "How alike a model must treat groups: each ratio is the least favoured group's rate over the most favoured one's."
 
-    groups: tuple[str, ...] = Field(min_length=1, strict=False)  # columns
+    groups: tuple[str, ...] = Field(default=(), strict=False)  # columns
     selection_rate_ratio: Share | None = 0.8  # who is chosen at all; 0.8: the four-fifths rule, 29 CFR 1607.4 D
     true_positive_rate_ratio: Share | None = 0.8  # who is chosen of those whom it is about
+    waived: str = ""  # why no groups are looked at; it stands in the packet
+
+    @model_validator(mode="after")
+    def either(self):
+        if bool(self.groups) == bool(self.waived.strip()):
+            raise ValueError("Name the groups, or say in waived why there are none")
+        return self
 
 
 def one_error(value: Any) -> Any:

@@ -89,11 +89,14 @@ def rates(
             each = rates_of(cases[told], acted[told], member, luck[told], level, seed) if len(names) else pd.DataFrame()
             parts.append(each.assign(column=name, group=names, kind=kind))
     shape = ["column", "group", "kind", "cases", "rate", "ratio", "low", "high"]
-    return Fair(pd.concat(parts, ignore_index=True).reindex(columns=shape), confidence, len(truth))
+    told = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    return Fair(told.reindex(columns=shape), confidence, len(truth))
 
 # %% ../../nbs/4_model/42c_fairness.ipynb #b6162d98
 def judge_fairness(found: Fair, rule: Fairness, luck: int = FEWEST) -> Verdict:  # luck: groups of rows that share it
     "Hold the ratios of groups against their lines; raises `DataError` for a column that is not there."
+    if rule.waived:
+        return on_limits("fairness", [{"check": f"waived: {rule.waived}", "challenger": 0, "outcome": "pass"}], 0)
     there = set(found.rates["column"])
     if missing := [name for name in rule.groups if name not in there]:
         raise DataError(f"The rows have no column '{missing[0]}', whose groups are to be treated alike.",

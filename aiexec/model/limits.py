@@ -47,15 +47,13 @@ def unknown_features(
 ) -> list[str]:
     "The features that neither the contract nor the training data know."
     promised = set(contract.columns) if contract else set()
-    return sorted(set(columns) - promised - set(profiled(trained_on)))
+    return sorted(set(columns) - promised - profiled(trained_on))
 
 
 def profiled(trained_on: dict) -> set[str]:
-    "The columns that were looked at in the training data."
-    profile = trained_on.get("profile") or {}
-    told = profile.get("columns", profile) if isinstance(profile, dict) else {}
-    names = [one.get("name") for one in told if isinstance(one, dict)] if isinstance(told, list) else list(told)
-    return {*map(str, names), *map(str, trained_on.get("columns", []))}
+    "The columns that were looked at in the training data; without a profile, those that it is said to have had."
+    profile = trained_on.get("profile")
+    return {one["name"] for one in profile["columns"]} if profile else {*map(str, trained_on.get("columns", []))}
 
 
 def broken(rows: pd.DataFrame, contract: Contract) -> tuple[int, str]:  # how many rows, and why
