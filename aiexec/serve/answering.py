@@ -38,7 +38,7 @@ class Voice:
         return cls(served, role, tuple((column.name, column.kind) for column in served.columns))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Standing:
     "Who answers what."
 

@@ -31,7 +31,8 @@ class Trial:
         folder: Path,  # shared by the workers
         ledger: Ledger,
     ):
-        self.move, self.ledger, self.limits = move, as_service(ledger), Limits.model_validate(move.limits)
+        self.move, self.against, self.ledger = move, champion, as_service(ledger)
+        self.limits = Limits.model_validate(move.limits)
         self.folder = folder / f"{move.seq}-{champion}"
         self.worker = f"{machine()}-{os.getpid()}-{os.urandom(3).hex()}"
         self.turn, self.error = Lock(), ""
@@ -88,7 +89,8 @@ class Trial:
             stop_canary(self.move.model, reason=reason, action=action, figures=figures, expect=self.move.seq, ledger=self.ledger)
 
     def close(self) -> None:
-        "Leave the looking to others."
+        "Tell what was counted, and leave the looking to others."
+        self.publish()
         if self.lead is not None:
             os.close(self.lead)
             self.lead = None
