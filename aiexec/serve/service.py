@@ -23,11 +23,12 @@ from .batching import Batching
 from .inference import model_metadata, read_inference, write_inference
 from .keys import Keyring
 from .limits import Gone, Limits, Rates, Refusal, body_of, code_of, kind_of, only
+from .live import Live, metrics
 from .metrics import Board, Tally, prometheus
 from .models import Served
 from .openapi import docs_page, document
 from .predictions import PredictionLog
-from .questions import Answering, Answers, Question, Told
+from .questions import Answering, Question, Told
 from .requests import Reader, Rows, read_csv, read_json, shown
 
 # %% ../../nbs/5_serve/52j_service.ipynb #758bb507
@@ -44,7 +45,7 @@ class Service:
 
     def __init__(
         self,
-        live: Answers,
+        live: Live,
         *,
         keyring: Keyring | None = None,
         limits: Limits = Limits(),
@@ -66,8 +67,8 @@ class Service:
     @property
     def reader(self) -> Reader:
         "The reader for the version that is served now."
-        if self.known is None or self.known.served is not self.live.served:
-            self.known = Reader(self.live.served)
+        if self.known is None or self.known.served is not self.live.champion:
+            self.known = Reader(self.live.champion)
         return self.known
 
     def close(self) -> None:
@@ -92,7 +93,8 @@ class Service:
             return None
         headers.append((b"content-length", b"%d" % len(body)))
         await send({"type": "http.response.start", "status": code, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        async with asyncio.timeout(self.limits.time if len(body) > LONG else None):  # for a client that does not read
+            await send({"type": "http.response.body", "body": body})
         self.tally.request(route, code, time.perf_counter() - began)
 
     async def answered(self, path: str, scope: dict, receive: Callable) -> tuple[int, list, bytes]:
@@ -200,7 +202,7 @@ async def routed(service: Service, path: str, scope: dict, receive: Callable) ->
     if path == "/invocations":
         only(method, ("POST",))
         return await invocations(service, scope, headers, receive)
-    if path.startswith("/v2"):
+    if path == "/v2" or path.startswith("/v2/"):
         return await protocol(service, path.rstrip("/"), method, scope, headers, receive)
     if path not in SEEN:
         raise Refusal(404, f"There is no {shown(path)}.", "See /docs.")
@@ -210,34 +212,36 @@ async def routed(service: Service, path: str, scope: dict, receive: Callable) ->
         pulse(service)
         return 200, [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")], prometheus(service.board).encode()
     if path in ("/docs", "/"):
-        return 200, [(b"content-type", b"text/html; charset=utf-8")], docs_page(service.live.served, service.keyring.closed).encode()
+        return 200, [(b"content-type", b"text/html; charset=utf-8")], docs_page(service.live.champion, service.keyring.closed).encode()
     if path == "/openapi.json":
-        return said(service, document(service.live.served, service.keyring.closed))
-    return said(service, standing(service), 503 if path == "/ready" and service.live.state == "starting" else 200)
+        return said(service, document(service.live.champion, service.keyring.closed))
+    if path in ("/health", "/ping"):
+        return said(service, {"state": service.live.state})
+    return said(service, standing(service))  # raises NotReady when nothing can answer
 
 
 async def protocol(service: Service, path: str, method: str, scope: dict, headers: dict, receive: Callable) -> tuple[int, list, bytes]:
     "The paths of the Open Inference Protocol; raises `Refusal`."
-    parts, served = path.split("/")[2:], service.live.served
+    parts, name = path.split("/")[2:], service.live.name
     if len(parts) >= 2 and parts[0] == "models":
-        if parts[1] != served.name:
-            raise Refusal(404, f"There is no model {shown(parts[1])}.", f"Here is {served.name}.")
+        if parts[1] != name:
+            raise Refusal(404, f"There is no model {shown(parts[1])}.", f"Here is {name}.")
         if parts[2:3] == ["versions"] and len(parts) > 3:
             if parts[3] not in versions(service):
-                raise Refusal(404, f"{served.name} is not served in version {shown(parts[3])}.", f"Here: {', '.join(versions(service))}.")
+                raise Refusal(404, f"{name} is not served in version {shown(parts[3])}.", f"Here: {', '.join(versions(service))}.")
             del parts[2:4]
         if parts[2:] == ["infer"]:
             only(method, ("POST",))
             return await infer(service, scope, headers, receive)
     only(method, GET)
     ready = service.live.state != "starting"
-    if parts in (["health", "live"], ["health", "ready"], ["models", served.name, "ready"]):
-        return said(service, {"name": served.name, "ready": ready, "live": True}, 200 if ready or parts[1] == "live" else 503)
+    if parts in (["health", "live"], ["health", "ready"], ["models", name, "ready"]):
+        return said(service, {"name": name, "ready": ready, "live": True}, 200 if ready or parts[1] == "live" else 503)
     if parts == []:
         return said(service, {"name": "aiexec", "version": installed("aiexec"), "extensions": ["binary_tensor_data"]})
-    if parts == ["models", served.name]:
+    if parts == ["models", name]:
         allowed(service, scope, headers, "predict")
-        return said(service, model_metadata(served, versions(service)))
+        return said(service, model_metadata(service.live.champion, versions(service)))
     raise Refusal(404, f"There is no {shown(path)}.", "See /docs.")
 
 # %% ../../nbs/5_serve/52j_service.ipynb #361870ae
@@ -248,14 +252,14 @@ def said(service: Service, told: dict, code: int = 200) -> tuple[int, list, byte
 
 def stamp(service: Service, versions: list[str]) -> dict:
     "What an answer says of where it comes from."
-    first = versions[0] if versions else service.live.served.version
+    first = versions[0] if versions else service.live.champion.version
     mixed = {"model_versions": versions} if any(one != first for one in versions) else {}
     return {"model_version": first, "state": service.live.state, **mixed}
 
 
 def standing(service: Service) -> dict:
     "What answers, and how it is."
-    served = service.live.served
+    served = service.live.champion
     told = {"state": service.live.state, "model": served.name, "model_version": served.version, "versions": versions(service),
             "digest": served.digest, "aiexec": installed("aiexec")}
     return told | ({"why": service.live.why} if service.live.why else {})
@@ -263,7 +267,8 @@ def standing(service: Service) -> dict:
 
 def versions(service: Service) -> list[str]:
     "The versions that answer."
-    return list(getattr(service.live, "versions", None) or [service.live.served.version])
+    present = service.live.present
+    return [voice.served.version for voice in (present.champion, present.canary) if voice]
 
 
 async def reasons(service: Service, served: Served, told: Told) -> list:
@@ -275,13 +280,13 @@ async def reasons(service: Service, served: Served, told: Told) -> list:
 
 def pulse(service: Service) -> None:
     "Put up what cannot be counted as it happens."
-    served = service.live.served
-    info = {"model": served.name, "version": served.version, "digest": served.digest[:12]}
-    metrics = [["aiexec_model_info", "gauge", "Which version answers.", [[info, 1]]],
-               ["aiexec_degraded", "gauge", "Whether the version that should answer cannot.", [[{}, int(service.live.state == "degraded")]]]]
     for name, value in (("up", 1), ("connections", service.connected()), ("waiting_rows", service.batching.rows)):
         service.tally.gauge(name, value)
-    service.tally.tell({"state": service.live.state, "metrics": metrics + getattr(service.live, "metrics", list)()})
+    info = []
+    if service.live.state != "starting":
+        served = service.live.champion
+        info = [({"model": served.name, "version": served.version, "digest": served.digest[:12]}, 1)]
+    service.tally.tell({"metrics": [("aiexec_model_info", "gauge", "Which version is champion.", info), *metrics(service.live)]})
 
 
 async def lifespan(service: Service, receive: Callable, send: Callable) -> None:
@@ -289,8 +294,6 @@ async def lifespan(service: Service, receive: Callable, send: Callable) -> None:
     async def beat() -> None:
         while True:
             pulse(service)
-            if service.log:
-                await asyncio.to_thread(service.log.tidy)
             await asyncio.sleep(1)
 
     while (await receive())["type"] == "lifespan.startup":
