@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEMORY', 'Share', 'Threshold', 'Value', 'Retries', 'size', 'Step', 'Calibration', 'Fairness', 'one_error',
-           'one_floor', 'Gate', 'Model', 'Psi', 'Monitor', 'Canary', 'Serve', 'Decide', 'five_fields', 'Schedule',
-           'line_of_cron', 'UseCase', 'load_usecase', 'names', 'list_usecases', 'json_schema']
+           'one_floor', 'Gate', 'Card', 'Model', 'Psi', 'Monitor', 'Canary', 'Serve', 'Decide', 'five_fields',
+           'Schedule', 'line_of_cron', 'UseCase', 'load_usecase', 'names', 'list_usecases', 'json_schema']
 
 # %% ../../nbs/1_define/10_usecase.ipynb #868aaea7
 import re
@@ -150,12 +150,23 @@ class Gate(Specification):
     contract: Inside | None = None  # file with the contract that the rows must satisfy, such as contract.yaml
 
 
+class Card(Specification):
+    "What no measurement can tell of a model, for its card."
+
+    users: str = ""  # who is meant to use it
+    out_of_scope: str = ""  # what it must not be used for
+    factors: str = ""  # groups, instruments and surroundings on which it may depend
+    ethics: str = ""  # what harm a mistake does, and to whom
+    caveats: str = ""  # what else to know before relying on it
+
+
 class Model(Specification):
     "The registered model of a use case, with its gate."
 
     name: Name
     history: int = Field(default=4, ge=2)  # labelled windows that a training is given; the newest is for testing
     gate: Gate = Gate()
+    card: Card = Card()
 
 # %% ../../nbs/1_define/10_usecase.ipynb #03af187e
 class Psi(Specification):
