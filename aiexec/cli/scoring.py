@@ -44,10 +44,10 @@ def month_option(function):
 @main.command()
 @click.argument("name", metavar="[USECASE|MODEL]", required=False)
 @month_option
-@click.option("--input", "inputs", multiple=True, metavar="FILES|URL#TABLE", help="Rows: a file, folder, 'pattern', table or query.")
+@click.option("--input", "inputs", multiple=True, metavar="FILES|URL#TABLE", help="The rows: file, folder, 'pattern', table, query.")
 @click.option("--output", metavar="FOLDER|FILE.parquet|URL#TABLE", help="Where the scores go.")
 @click.option("--id", metavar="COLUMN", help="The column that names each row.")
-@click.option("--where", multiple=True, metavar="NAME=VALUE", help="Only this partition: a folder NAME=VALUE, or a value of a table.")
+@click.option("--where", multiple=True, metavar="NAME=VALUE", help="Only this partition: a folder of that name, or a column's value.")
 @click.option("--rows", default=100_000, show_default=True, help="Rows in memory at once; ten times as many are a part.")
 @click.option("--afresh", is_flag=True, help="Begin again, over the scores that are there.")
 @click.option("--log/--no-log", default=True, help="Keep rows and scores in the prediction log of the project.")
@@ -58,15 +58,17 @@ def score(name, month, inputs, output, id, where, rows, afresh, log, allow_pickl
 
     USECASE: its step 'score' is run for --month.
 
-    MODEL with --input, --output and --id: files, tables and partitions of any size are scored in a fixed amount of memory. What was killed goes
-    on where it stopped when it is started again. MODEL is what aiexec serve takes: a name, NAME@ALIAS, NAME/3, or the folder of a model."""
+    MODEL with --input, --output and --id: files, tables and partitions of any size are scored in a fixed amount of memory.
+    What was killed goes on where it stopped when it is started again. MODEL is what aiexec serve takes: a name, NAME@ALIAS,
+    NAME/3, or the folder of a model."""
     given = {"--output": output, "--id": id, "--where": where}
     if not inputs:
         if wrong := [option for option, value in given.items() if value]:
             raise ParameterError(f"{wrong[0]} is for rows, and none are named.", "Name them: --input FILES.")
         return one_step("score", name, month)
     if lacking := ["MODEL"] * (not name) + [option for option in ("--output", "--id") if not given[option]]:
-        raise ParameterError(f"{', '.join(lacking)} is missing.", "Write: aiexec score MODEL --input FILES --output FOLDER --id COLUMN.")
+        raise ParameterError(f"{', '.join(lacking)} is missing.",
+                             "Write: aiexec score MODEL --input FILES --output FOLDER --id COLUMN.")
     if month:
         raise ParameterError("--month is for the step of a use case.", f"Write --where month={month}.")
     pairs = dict(pair(text) for text in where)
@@ -103,7 +105,8 @@ def score_rows(reference: str, source, place: str, afresh: bool, log: bool, allo
     served, output = open_served(reference, settings, allow_pickle=allow_pickle), open_output(place)
     there = output.standing()
     if there and not afresh and other_half(there, served) and sys.stdin.isatty():
-        go_on = click.confirm(f"{place} was begun with version {there['version']}; {served.label} is asked for now. Go on with the one before?")
+        click.echo(f"{place} was begun with version {there['version']}; {served.label} is asked for now.")
+        go_on = click.confirm("Go on with the one before?")
         afresh = not go_on and click.confirm(f"Begin again with version {served.version}?", abort=True)
         served = open_served(f"{served.name}/{there['version']}", settings) if go_on else served
     kept = kept_log(served.name, settings) if log and settings else BatchLog(None)
@@ -112,8 +115,8 @@ def score_rows(reference: str, source, place: str, afresh: bool, log: bool, allo
     if settings and done.kept < done.parts:
         noted(done, served, settings)
     before = f" ({done.kept} of {done.parts} parts were there)" if done.kept else ""
-    text = f"{done.rows:,} rows scored by {served.label}{before} in {done.seconds:,.1f} s.\n{done.output}; what was done stands in {done.manifest}"
-    return Answer(asdict(done), text)
+    text = f"{done.rows:,} rows scored by {served.label}{before} in {done.seconds:,.1f} s."
+    return Answer(asdict(done), f"{text}\n{done.output}; what was done stands in {done.manifest}")
 
 
 def other_half(there: dict, served) -> bool:
@@ -129,7 +132,8 @@ def kept_log(model: str, settings):  # a BatchLog
 
     owner = next((case for case in list_usecases(settings) if case.model and case.model.name == model), None)
     mask, drop = (owner.serve.mask, owner.serve.drop) if owner else ((), ())
-    return BatchLog(predictions_folder(model, settings), mask=mask, drop=drop, masked=partial(masked, secret=mask_secret(settings)))
+    hashed = partial(masked, secret=mask_secret(settings))
+    return BatchLog(predictions_folder(model, settings), mask=mask, drop=drop, masked=hashed)
 
 
 def noted(done, served, settings) -> None:

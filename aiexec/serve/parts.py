@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EMPTY', 'NUMBERS', 'BUFFER', 'Part', 'DataFile', 'data_file', 'data_files', 'named', 'below', 'heads', 'readable',
-           'check_columns', 'parquet_chunks', 'csv_chunks', 'FileInput', 'with_keys']
+           'check_columns', 'parquet_chunks', 'csv_chunks', 'Files', 'Rows', 'FileInput', 'with_keys']
 
 # %% ../../nbs/5_serve/51b_parts.ipynb #f1791b81
 import glob
@@ -67,12 +67,14 @@ def data_files(
     for key, value in where.items():
         values = {str(file.keys[key]) for file in files if key in file.keys}
         if not values:
-            raise DataError(f"There are no parts '{key}=…' in {', '.join(inputs)}.", did_you_mean(key, {k for f in files for k in f.keys}))
+            raise DataError(f"There are no parts '{key}=…' in {', '.join(inputs)}.",
+                            did_you_mean(key, {k for f in files for k in f.keys}))
         if value not in values:
             raise DataError(f"There is no part {key}={value}.", did_you_mean(value, values))
         files = [file for file in files if str(file.keys.get(key)) == value]
     if not files:
-        raise DataError(f"No part has {' and '.join(f'{key}={value}' for key, value in where.items())}.", "Ask for another part.")
+        raise DataError(f"No part has {' and '.join(f'{key}={value}' for key, value in where.items())}.",
+                        "Ask for another part.")
     return files
 
 
@@ -98,7 +100,7 @@ def below(path: Path) -> list[Path]:
     return [file for file in inner if not any(part.startswith(("_", ".")) for part in file.relative_to(path).parts)]
 
 # %% ../../nbs/5_serve/51b_parts.ipynb #4c77c9a9
-NUMBERS = {"double": "float64", "float": "float32", "long": "int64", "integer": "int32"}  # kinds of the model's columns, and pandas'
+NUMBERS = {"double": "float64", "float": "float32", "long": "int64", "integer": "int32"}  # kinds of columns, and pandas' types
 
 
 def heads(file: DataFile) -> dict[str, pa.DataType | None]:  # None: not known, as in CSV
@@ -186,8 +188,8 @@ def csv_chunks(
         yield from reader
 
 # %% ../../nbs/5_serve/51b_parts.ipynb #14b8e98d
-class FileInput:
-    "Rows in files, planned as parts and read as chunks."
+class Files:
+    "Files of rows, compared with what a model needs."
 
     def __init__(
         self,
@@ -219,12 +221,64 @@ class FileInput:
         kinds = {}
         for file in self.files:
             if self.id in file.keys:
-                raise DataError(f"'{self.id}' is the name of folders, the same for all rows in one.", "Name a column that is each row's own.")
+                raise DataError(f"'{self.id}' is the name of folders, the same for all rows in one.",
+                                "Name a column that is each row's own.")
             found = heads(file)
             check_columns(found, needed, self.id, str(file.path), model)
             kinds[found[self.id] is None or is_text(found[self.id])] = file.path
         if len(kinds) > 1:
             raise DataError(f"The ids are text in {kinds[True]} and numbers in {kinds[False]}.", "Bring them to one type.")
+
+# %% ../../nbs/5_serve/51b_parts.ipynb #ef05896c
+class Rows(Files):
+    "What the files hold, from any row on."
+
+    def raw(self, file: DataFile, needed: dict[str, str], first: int) -> Iterator[pa.Table | pd.DataFrame]:
+        "Rows of a file as they are, from one on; of CSV always from the first."
+        kinds = {name: kind for name, kind in needed.items() if name not in file.keys}
+        with readable(file.path):
+            if file.path.suffix == ".parquet":
+                yield from parquet_chunks(file.path, list(dict.fromkeys([self.id, *kinds])), first, self.rows)
+            else:
+                yield from csv_chunks(file.path, kinds, self.id, self.rows)
+
+    def id_column(self, chunk: pa.Table | pd.DataFrame) -> pa.Array | pa.ChunkedArray:
+        "The ids of some rows."
+        return chunk[self.id] if isinstance(chunk, pa.Table) else pa.array(chunk[self.id], pa.string(), from_pandas=True)
+
+    def from_row(self, file: DataFile, needed: dict[str, str], first: int) -> Iterator[pa.Table | pd.DataFrame]:
+        "Rows of a file from one on; a CSV file stays open, so that its parts are read in one go."
+        if file.path.suffix == ".parquet":
+            yield from self.raw(file, needed, first)
+            return
+        source, position, reader = self.open
+        if source != str(file.path) or position > first:
+            position, reader = 0, self.raw(file, needed, 0)
+        for chunk in reader:
+            position += len(chunk)
+            self.open = str(file.path), position, reader
+            if position > first:  # a part begins where a chunk does
+                yield chunk
+
+    def chunks(self, part: Part, needed: dict[str, str]) -> Iterator[tuple[pa.Array, pd.DataFrame]]:
+        "The rows of a part as the model takes them, each chunk with its ids; raises `DataError`."
+        file = next(file for file in self.files if str(file.path) == part.source)
+        left = part.rows
+        for chunk in self.from_row(file, needed, part.first):
+            chunk = chunk[:left]
+            ids = text_ids(self.id_column(chunk), part.source, part.first + part.rows - left)
+            if isinstance(chunk, pa.Table):
+                chunk = (chunk if self.id in needed else chunk.drop_columns([self.id])).to_pandas()
+            yield ids, with_keys(chunk, file.keys, needed, part.source)
+            left -= len(ids)
+            if not left:
+                return
+        raise DataError(f"{part.source} has fewer rows than when it was counted.",
+                        "Leave the files alone while they are scored.")
+
+# %% ../../nbs/5_serve/51b_parts.ipynb #bd1da45e
+class FileInput(Rows):
+    "Rows in files, planned as parts and read as chunks."
 
     def survey(self) -> list[Part]:
         "All parts, after every id was seen to be there once; raises `DataError`."
@@ -247,54 +301,13 @@ class FileInput:
                 yield shown, first, ids
                 first += len(ids)
 
-    def raw(self, file: DataFile, needed: dict[str, str], first: int) -> Iterator[pa.Table | pd.DataFrame]:
-        "Rows of a file as they are, from one on; of CSV always from the first."
-        kinds = {name: kind for name, kind in needed.items() if name not in file.keys}
-        with readable(file.path):
-            if file.path.suffix == ".parquet":
-                yield from parquet_chunks(file.path, list(dict.fromkeys([self.id, *kinds])), first, self.rows)
-            else:
-                yield from csv_chunks(file.path, kinds, self.id, self.rows)
-
-    def id_column(self, chunk: pa.Table | pd.DataFrame) -> pa.Array | pa.ChunkedArray:
-        "The ids of some rows."
-        return chunk[self.id] if isinstance(chunk, pa.Table) else pa.array(chunk[self.id], pa.string(), from_pandas=True)
-
-    def chunks(self, part: Part, needed: dict[str, str]) -> Iterator[tuple[pa.Array, pd.DataFrame]]:
-        "The rows of a part as the model takes them, each chunk with its ids; raises `DataError`."
-        file = next(file for file in self.files if str(file.path) == part.source)
-        left = part.rows
-        for chunk in self.from_row(file, needed, part.first):
-            chunk = chunk[:left]
-            ids = text_ids(self.id_column(chunk), part.source, part.first + part.rows - left)
-            if isinstance(chunk, pa.Table):
-                chunk = (chunk if self.id in needed else chunk.drop_columns([self.id])).to_pandas()
-            yield ids, with_keys(chunk, file.keys, needed, part.source)
-            left -= len(ids)
-            if not left:
-                return
-        raise DataError(f"{part.source} has fewer rows than when it was counted.", "Leave the files alone while they are scored.")
-
-    def from_row(self, file: DataFile, needed: dict[str, str], first: int) -> Iterator[pa.Table | pd.DataFrame]:
-        "Rows of a file from one on; a CSV file stays open, so that its parts are read in one go."
-        if file.path.suffix == ".parquet":
-            yield from self.raw(file, needed, first)
-            return
-        source, position, reader = self.open
-        if source != str(file.path) or position > first:
-            position, reader = 0, self.raw(file, needed, 0)
-        for chunk in reader:
-            position += len(chunk)
-            self.open = str(file.path), position, reader
-            if position > first:  # a part begins where a chunk does
-                yield chunk
-
-
+# %% ../../nbs/5_serve/51b_parts.ipynb #7411691a
 def with_keys(frame: pd.DataFrame, keys: dict[str, str | None], needed: dict[str, str], shown: str) -> pd.DataFrame:
     "The columns that the names of folders say; raises `DataError`."
     for name in keys.keys() & needed.keys():
         try:
             frame[name] = pd.Series(keys[name], index=frame.index, dtype=NUMBERS.get(needed[name], "str"))
         except ValueError as why:
-            raise DataError(f"The model needs '{name}' as {needed[name]}; {shown} says {keys[name]}.", "Rename the folder.") from why
+            raise DataError(f"The model needs '{name}' as {needed[name]}; {shown} says {keys[name]}.",
+                            "Rename the folder.") from why
     return frame
