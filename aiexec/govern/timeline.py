@@ -60,7 +60,7 @@ class InUse:
     def _repr_html_(self) -> str:
         return "<br>".join(map(escape, lines(self)))
 
-
+# %% ../../nbs/8_govern/80a_timeline.ipynb #38f998a4
 def by_data(name: str, ledger: Ledger, moment: datetime) -> Move | None:
     "The last move whose data had ended before a moment."
     found = None

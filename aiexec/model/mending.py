@@ -119,7 +119,7 @@ def known_models(ledger: Ledger) -> set[str]:
         there = {one.name for one in client.search_registered_models()}
     return there | {name for (name,) in ledger.count(VERSIONS, "model")}
 
-
+# %% ../../nbs/4_model/41c_mending.ipynb #21171b7e
 def mend_versions(client: "MlflowClient", name: str, ledger: Ledger) -> tuple[list[str], list[str]]:
     "Bring the versions of MLflow and of the ledger together."
     stored = {int(one.version): one for one in client.search_model_versions(f"name='{name}'")}
