@@ -10,14 +10,14 @@ __all__ = ['CANARIES', 'RUNNING', 'CanaryMove', 'canary_moves', 'running_canary'
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from html import escape
-from typing import Iterable
+from typing import Callable
 
 from ..define.usecase import Canary as Limits
 from ..define.usecase import Serve, load_usecase, names
-from ..errors import RegistryError, SpecificationError, StaleWrite
-from ..model.registry import champion, find_version
+from ..errors import ApprovalError, RegistryError, SpecificationError, StaleWrite
+from ..model.registry import asks_approval, champion, find_version
 from ..settings import Settings, current_actor
-from ..store import Ledger, declare, now, open_ledger
+from ..store import Change, Ledger, declare, now, open_ledger
 
 # %% ../../nbs/5_serve/50e_canary.ipynb #826681dd
 CANARIES = declare(
@@ -85,10 +85,11 @@ def start_canary(
     reason: str,  # for whoever asks in a year
     percent: float | None = None,  # of the keys; that of the use case, if not given
     limits: Limits | None = None,  # those of the use case, if not given
+    rule: Callable[[Change], None] | None = None,  # asked inside the transaction; raises `ApprovalError`
     settings: Settings | None = None,  # of the project of the working folder, if not given
     ledger: Ledger | None = None,
 ) -> CanaryMove:
-    "Let a version answer a share of the requests, or change the share; raises `RegistryError`."
+    "Let a version answer a share of the requests, or change the share; raises `RegistryError`, `ApprovalError`."
     ledger = ledger or open_ledger(settings)
     limits = limits or serve_section(name, ledger.settings).canary
     percent = limits.percent if percent is None else float(percent)
@@ -103,7 +104,10 @@ def start_canary(
         raise RegistryError(problem, "A canary runs beside a champion: promote one." if present is None else "Name another one.")
     if running and running.version != version:
         raise RegistryError(f"Version {running.version} of {name} is a canary already.", f"Stop it first: aiexec canary {name} --stop.")
-    return happened(name, ledger, running, action="changed" if running else "started", version=version, percent=percent,
+    if rule is None and asks_approval(name, ledger.settings):
+        raise ApprovalError(f"{name} is of high risk, so a canary of it needs another person's approval.",
+                            f"Ask for one: aiexec approve {name} {version}; then aiexec canary {name} {version}.")
+    return happened(name, ledger, running, rule, action="changed" if running else "started", version=version, percent=percent,
                     limits=limits.model_dump(), reason=reason, figures={})
 
 
@@ -126,17 +130,19 @@ def stop_canary(
         raise RegistryError(f"{name} has no canary.", f"Start one: aiexec canary {name} VERSION --percent 10 --reason WHY.")
     if not reason.strip():
         raise RegistryError(f"The end of a canary of {name} needs a reason.", "Say why, for whoever asks in a year.")
-    return happened(name, ledger, running, action=action, version=running.version, percent=running.percent,
+    return happened(name, ledger, running, None, action=action, version=running.version, percent=running.percent,
                     limits=running.limits, reason=reason, figures=figures or {})
 
 
-def happened(name: str, ledger: Ledger, running: CanaryMove | None, **what) -> CanaryMove:
-    "Record the next move; raises `StaleWrite` when another came first."
+def happened(name: str, ledger: Ledger, running: CanaryMove | None, rule: Callable[[Change], None] | None, **what) -> CanaryMove:
+    "Record the next move; raises `StaleWrite` when another came first, and what the rule raises."
     kind = f"canary.{what['action'].replace(' ', '_')}"
     with ledger.change(kind, f"{name} version {what['version']}", what, (CANARIES,)) as change:
         last = max(change.rows(CANARIES, model=name), key=lambda row: row["seq"], default={"seq": 0, "action": ""})
         if (last["seq"] if last["action"] in RUNNING else None) != (running.seq if running else None):
             raise StaleWrite(f"The canary of {name} has changed in the meantime.", "Look at it and decide again.")
+        if rule:
+            rule(change)
         move = CanaryMove(name, last["seq"] + 1, at=now(), actor=current_actor(ledger.settings), **what)
         change.insert(CANARIES, asdict(move))
     return move
