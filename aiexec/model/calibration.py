@@ -39,15 +39,15 @@ def summed(group: np.ndarray, bucket: np.ndarray, values: np.ndarray, buckets: i
 def curve(labels: np.ndarray, scores: np.ndarray, group: np.ndarray, confidence: float, seed: int) -> pd.DataFrame:
     "What was said and what came, in tenths of the rows."
     edges = np.unique(np.quantile(scores, np.linspace(0, 1, 11)[1:-1]))
-    bucket = np.searchsorted(edges, scores, side="right")
-    count = len(edges) + 1
+    bucket = np.unique(np.searchsorted(edges, scores, side="right"), return_inverse=True)[1]
+    count = bucket.max() + 1
     rows, came = (summed(group, bucket, each, count) for each in (np.ones(len(labels)), labels))
     with np.errstate(invalid="ignore"):
         drawn = resampled(came, seed) / resampled(rows, seed)
         low, high = np.nanquantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
     told = pd.DataFrame({"said": np.bincount(bucket, scores, minlength=count), "came": came.sum(0), "low": low, "high": high,
                          "rows": rows.sum(0).astype(int)})
-    return told[told["rows"] > 0].assign(said=lambda t: t["said"] / t["rows"], came=lambda t: t["came"] / t["rows"])
+    return told.assign(said=told["said"] / told["rows"], came=told["came"] / told["rows"])
 
 # %% ../../nbs/4_model/42b_calibration.ipynb #3cd09086
 def error_interval(
