@@ -19,7 +19,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 from ..errors import AiexecError, ParameterError, require
 from ..run.kernels import die_with_parent
@@ -27,8 +27,9 @@ from .keys import Keyring
 from .limits import Limits
 from .live import Live
 from .metrics import Board
-from .models import known_name, open_served, own_ledger
+from .models import Served, known_name, open_served, own_ledger
 from .predictions import PredictionLog, open_log
+from .reasons import reasons
 from .service import Service
 from ..settings import Settings
 
@@ -228,7 +229,7 @@ class Workers:
 
         try:
             live, keyring, log = open_live(self.plan)
-            service = Service(live, keyring=keyring, limits=self.plan.limits, log=log, board=self.board, worker=number, explain=explain())
+            service = Service(live, keyring=keyring, limits=self.plan.limits, log=log, board=self.board, worker=number, explain=explain)
             run_worker(service, self.listener, lambda: told({"ready": service.live.champion.label, "closed": keyring.closed}))
             return 0
         except AiexecError as why:
@@ -238,9 +239,9 @@ class Workers:
         return 1
 
 # %% ../../nbs/5_serve/52k_workers.ipynb #39345eba
-def explain() -> Callable | None:
-    "What gives the reasons of answers, if it is there."
-    return None
+def explain(served: Served, rows: Any) -> list[dict]:
+    "The reasons of each answer."
+    return reasons(served, rows).plain()
 
 
 def listening(host: str, port: int) -> socket.socket:
