@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import require
-from ..files import lock, writing
+from ..files import lock, sweep, writing
 from .segments import Segment, is_finished, whole_lines
 from ..store import now
 
@@ -193,6 +193,7 @@ def compact(
 
 def compact_day(day: Path) -> Path | None:  # None: there was nothing to do
     "Make one file of the finished segments of one day."
+    sweep(day)
     stored = set().union(*map(segments_in, day.glob("part-*.parquet")))
     finished = [path for path in sorted(day.glob("_*.log")) if is_finished(path)]
     fresh = [path for path in finished if path.name not in stored]
@@ -248,7 +249,7 @@ def read_days(
     with ExitStack() as stack:
         for day in chosen:
             open_ones = {path.name: stack.enter_context(stream) for path in sorted(day.glob("_*.log")) if (stream := opened(path))}
-            parts = sorted(day.glob("*.parquet"))
+            parts = sorted(day.glob("[!._]*.parquet"))
             stored = set().union(*map(segments_in, parts))
             found += [pq.read_table(part, partitioning=None) for part in parts]
             found += [table for name, stream in open_ones.items() if name not in stored for table in tables(stream)]

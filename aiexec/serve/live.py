@@ -18,7 +18,7 @@ import pandas as pd
 from ..errors import AiexecError, DataError, StaleWrite
 from .answering import Batch, NotReady, Standing, Voice, answer, ask, part, sound
 from .aside import Aside, Lagging
-from .canary import CanaryMove, as_service, stop_canary
+from .canary import CanaryMove, as_service, serve_section, stop_canary
 from .days import Answered
 from .lookout import Versions, Wanted, wanted
 from .models import Column, Served
@@ -40,12 +40,13 @@ class Named:
         alias: str = "champion",  # that is followed; only beside a champion there are canaries and shadows
         version: str = "",  # a fixed one, instead of an alias
         log: PredictionLog | None = None,  # takes what a shadow says
-        shadow: bool = True,  # let a challenger score as well
+        shadow: bool | None = None,  # let a challenger score as well; what the use case says, if not given
     ):
         self.name, self.versions = name, Versions(open_version)
         self.ledger = open_ledger(ledger) if isinstance(ledger, Settings) else ledger
         self.fixed = Wanted(version) if version or ledger is None else None
-        self.alias, self.log, self.shadowing = alias, log, shadow
+        self.alias, self.log = alias, log
+        self.shadowing = serve_section(name, self.ledger.settings).shadow if shadow is None and self.ledger else bool(shadow)
         self.standing: Standing | None = None
         self.faults: tuple[str, ...] = ()
         self.counts: Counter = Counter()  # rows by version and role

@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import ParameterError
+from .canary import serve_section
 from .days import Answered, answer_line, day_of, days_of, read_days, schema_line
 from .segments import NotLogged, Segment
 from ..settings import Settings
@@ -161,12 +162,10 @@ def compact_aside(folder: Path) -> subprocess.Popen:
 def open_log(
     model: str,  # its name
     settings: Settings,
-    *,
-    mask: Sequence[str] = (),
-    drop: Sequence[str] = (),
 ) -> PredictionLog:
-    "The log of a model in its project."
-    return PredictionLog(predictions_folder(model, settings), mask=mask, drop=drop, secret=mask_secret(settings))
+    "The log of a model in its project, without what its use case says is not to be kept."
+    section = serve_section(model, settings)
+    return PredictionLog(predictions_folder(model, settings), mask=section.mask, drop=section.drop, secret=mask_secret(settings))
 
 
 def predictions_folder(model: str, settings: Settings) -> Path:
