@@ -9,7 +9,7 @@ __all__ = ['KEYS', 'Settings', 'find_root', 'read_ini', 'checked', 'load_setting
 import getpass
 import os
 from configparser import ConfigParser, Error as IniError
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from .errors import SpecificationError, did_you_mean
@@ -28,6 +28,7 @@ class Settings:
     timeout: float = 1800.0  # seconds one step may take
     gpus: str = ""  # how many GPUs there are, or their numbers with commas; empty: those that nvidia-smi finds
     actor: str = ""  # who acts; empty: the name of the logged-in user
+    alert_channels: str = field(default="", repr=False)  # who is told of alerts: env:NAME, file:PATH or addresses of Apprise, with spaces between
 
     @property
     def home(self) -> Path:
@@ -40,7 +41,7 @@ class Settings:
         return getattr(self, key) or f"sqlite:///{self.home / default}"
 
 # %% ../nbs/01_settings.ipynb #ab7bd0dd
-KEYS = tuple(field.name for field in fields(Settings) if field.name != "root")
+KEYS = tuple(one.name for one in fields(Settings) if one.name != "root")
 
 
 def find_root(

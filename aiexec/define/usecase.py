@@ -184,6 +184,11 @@ class Monitor(Specification):
     psi: Psi = Psi()
     breach: Annotated[str, StringConstraints(pattern=r"^[1-9] of [1-9]$")] = "2 of 3"
     cool_down: int = Field(default=1, ge=0)  # months after a retraining in which none is proposed
+    clearance: float = Field(default=0.01, ge=0, lt=1)  # by which part of itself a line must be bettered before its alert closes
+    reopens: int = Field(default=3, ge=0)  # months after its end in which an alert opens again instead of another
+    matters: float = Field(default=0.01, ge=0, lt=1)  # of all importance; a column with less is only watched when it drifts
+    people: tuple[str, ...] = Field(default=(), strict=False)  # who may act on alerts, beside their owners; (): everybody
+    channels: tuple[str, ...] = Field(default=(), strict=False)  # who is told of them, in place of those in settings.ini
 
     @model_validator(mode="after")
     def possible(self):

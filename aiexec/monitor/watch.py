@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['MEASUREMENTS', 'KINDS', 'ALONE', 'ORDER', 'record', 'plain', 'drift_rows', 'performance_rows', 'state',
-           'measurements', 'shift', 'months_between', 'Cause', 'Judgement', 'weigh', 'judge', 'by_line', 'by_column']
+           'measurements', 'shift', 'months_between', 'Cause', 'Judgement', 'weigh', 'weighted', 'judge', 'by_line',
+           'cleared', 'by_column']
 
 # %% ../../nbs/6_monitor/63_watch.ipynb #6e4b5161
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
-from typing import TYPE_CHECKING, Iterable
+from typing import TYPE_CHECKING, Iterable, Mapping
 
 import pandas as pd
 
@@ -139,6 +140,8 @@ class Cause:
     held: tuple[str, ...]  # windows that kept it
     untold: tuple[str, ...]  # windows of which nothing is known
     sentence: str  # for the owner
+    clear: bool = True  # whether every window is well beyond the line, so that an alert may close
+    weight: float = 1.0  # share of the model's importance that it bears
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,7 @@ def weigh(
     line: str,  # what should hold, in words
     seen: dict[str, tuple[str, float | None]],  # by window: holds, missed or cannot tell, and the value
     needed: int,  # windows that must miss it
+    clear: bool = True,  # whether every window is well beyond the line
 ) -> Cause:
     "The verdict over several windows."
     words = ("missed", "holds", "cannot tell")
@@ -185,7 +189,22 @@ def weigh(
         verdict, said = "cannot tell", f"known for {len(seen) - len(untold)} of {len(seen)} windows, missed in {len(missed)}"
     else:
         verdict, said = ("watch", f"missed in {which} only") if missed else ("none", f"held in {', '.join(held)}")
-    return Cause(name, verdict, missed, held, untold, f"{line}: {said}.")
+    return Cause(name, verdict, missed, held, untold, f"{line}: {said}.", clear and verdict == "none")
+
+# %% ../../nbs/6_monitor/63_watch.ipynb #f5b3b028
+def weighted(
+    cause: Cause,  # of the drift of a column
+    importance: Mapping[str, float] | None,  # by column; None: all alike
+    matters: float,  # the least share that calls for action
+) -> Cause:
+    "A drift as grave as its column is important."
+    if importance is None:
+        return cause
+    whole = sum(max(loss, 0.0) for loss in importance.values())
+    share = max(importance.get(cause.name.removeprefix("drift."), 0.0), 0.0) / whole if whole > 0 else 0.0
+    said = f" It bears {share:.0%} of the model." if share else " The model does not lean on it."
+    light = cause.verdict == "act" and share < matters
+    return replace(cause, weight=share, verdict="watch" if light else cause.verdict, sentence=cause.sentence + said)
 
 # %% ../../nbs/6_monitor/63_watch.ipynb #06086e29
 def judge(
@@ -193,6 +212,7 @@ def judge(
     ledger: Ledger,
     window: str,  # the present one: nothing known later is looked at
     kind: str = "performance",  # or drift
+    importance: Mapping[str, float] | None = None,  # by column, as large as you like; None: all columns alike
 ) -> Judgement:
     "Judge a use case by n of its last m windows; raises `ParameterError`."
     watched = usecase.monitor
@@ -202,7 +222,9 @@ def judge(
     windows = tuple(shift(last, -back) for back in range(watched.breach_of - 1, -1, -1))
     rows = ledger.rows(MEASUREMENTS, usecase=usecase.name, window=windows)
     found = (by_line if kind == "performance" else by_column)(usecase, rows, windows)
-    causes = sorted((weigh(*cause, watched.breach_needed) for cause in found), key=lambda cause: ORDER.index(cause.verdict))
+    causes = [weigh(*cause, watched.breach_needed, clear) for *cause, clear in found]
+    causes = [weighted(cause, importance, watched.matters) for cause in causes] if kind == "drift" else causes
+    causes.sort(key=lambda cause: (ORDER.index(cause.verdict), -cause.weight))
     worst = [cause.sentence for cause in causes if cause.verdict == causes[0].verdict]
     why = f"{watched.breach} windows, {windows[0]} to {windows[-1]}: what is known in {window}."
     return Judgement(window, windows, tuple(causes), " ".join(worst) or "Nothing was measured.", why)
@@ -212,14 +234,25 @@ def by_line(usecase: UseCase, rows: list[dict], windows: tuple[str, ...]) -> lis
     "Each line of the use case, with its state in each window."
     value = {(row["window"], row["name"]): row["value"] for row in rows if row["kind"] in ("performance", "value")}
     found = [(line, {window: value.get((window, line.metric)) for window in windows}) for line in usecase.success]
-    return [(f"performance.{line.metric}", line.text, {window: (state(value, line), value) for window, value in values.items()})
-            for line, values in found]
+    return [(f"performance.{line.metric}", line.text, {window: (state(value, line), value) for window, value in values.items()},
+             all(cleared(value, line, usecase.monitor.clearance) for value in values.values())) for line, values in found]
+
+
+def cleared(value: float | None, line: Threshold, clearance: float) -> bool:
+    "Whether a value is better than its line by a part of that line."
+    if value is None or not line.holds(value):
+        return False
+    bounds = [bound for bound in (line.at_least, line.at_most) if bound is not None]
+    # of a share the part must be reachable, so the nearer of 0 and 1 counts
+    return all(abs(value - bound) >= clearance * (min(bound, 1 - bound) if 0 < bound < 1 else abs(bound)) for bound in bounds)
 
 
 def by_column(usecase: UseCase, rows: list[dict], windows: tuple[str, ...]) -> list[tuple]:
     "Each column of which something could be told, with its state in each window."
     words = {"act": "missed", "watch": "holds", "none": "holds", "cannot tell": "cannot tell"}
-    found = {(row["window"], row["name"]): (words[row["verdict"]], row["value"]) for row in rows if row["kind"] == "drift"}
+    drifted = {(row["window"], row["name"]): row for row in rows if row["kind"] == "drift"}
+    found = {key: (words[row["verdict"]], row["value"]) for key, row in drifted.items()}
     told = dict.fromkeys(name for (_, name), (word, _) in found.items() if word != "cannot tell")
     return [(f"drift.{name}", f"PSI of {name} under {usecase.monitor.psi.act:g}",
-             {window: found.get((window, name), ("cannot tell", None)) for window in windows}) for name in told]
+             {window: found.get((window, name), ("cannot tell", None)) for window in windows},
+             all(drifted.get((window, name), {}).get("verdict") == "none" for window in windows)) for name in told]
