@@ -15,7 +15,7 @@ from contextlib import suppress
 import click
 
 from .output import Answer, Teller, table, verb
-from .running import given
+from .running import given, tell_webhooks
 from .work import chosen, main, opened, step_told
 from ..errors import ParameterError
 
@@ -146,6 +146,7 @@ def slot(usecase, slot, attempt, service):
         raise ParameterError(f"{usecase} has no slot {slot} at attempt {attempt}.", "See: aiexec schedule.")
     retries = load_usecase(usecase, settings).schedule.retries
     ended = work_on(ledger, found[0], retries, lambda one, began: worked(one, began, settings, ledger))
+    tell_webhooks(ledger)
     data = {"usecase": usecase, "slot": slot, "state": ended.state, "error": ended.error}
     return Answer(data, code=0 if ended.state == "done" else 1)
 
