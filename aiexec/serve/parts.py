@@ -77,7 +77,7 @@ def data_files(
                         "Ask for another part.")
     return files
 
-
+# %% ../../nbs/5_serve/51b_parts.ipynb #5109e2d9
 def named(name: str) -> list[Path]:
     "The files of one name."
     if Path(name).exists():
@@ -113,7 +113,7 @@ def heads(file: DataFile) -> dict[str, pa.DataType | None]:  # None: not known, 
             inner = dict.fromkeys(map(str, pd.read_csv(file.path, nrows=0).columns))
     return {**dict.fromkeys(file.keys), **inner}
 
-
+# %% ../../nbs/5_serve/51b_parts.ipynb #86a04261
 class readable:
     "Turns what goes wrong with a file into one sentence."
 
