@@ -131,11 +131,12 @@ def takes_matrix(columns: tuple[Column, ...], scoring: Callable, example: pd.Dat
     kinds = {column.name: DTYPES[column.kind] for column in columns}
     try:
         rows = trial_rows(columns, example).astype(kinds)
-        expected, found = scoring(rows), swift(scoring)(rows.to_numpy(float))
-        alone = swift(scoring)(rows.to_numpy(float)[:1])
+        matrix = np.asfortranarray(rows.to_numpy(float))
+        expected, found = scoring(rows), swift(scoring)(matrix)
+        one, alone = scoring(rows[:1]), swift(scoring)(np.array(matrix[:1]))
     except Exception:  # it needs names, or is no model of scikit-learn: frames it is
         return False
-    equal = np.array_equal(expected, found) and np.array_equal(expected[:1], alone)
+    equal = np.array_equal(expected, found) and np.array_equal(one, alone)
     return bool(equal and expected.dtype == found.dtype)
 
 # %% ../../nbs/5_serve/50a_models.ipynb #7be6af65

@@ -115,7 +115,7 @@ def joined(parts: list[Rows], served: Served) -> pd.DataFrame | np.ndarray:
     "The rows of some requests, as the model takes them."
     if isinstance(parts[0].values, np.ndarray):
         matrix = parts[0].values if len(parts) == 1 else np.concatenate([part.values for part in parts])
-        return matrix if served.fast else framed(list(matrix.T), served.columns)
+        return np.asfortranarray(matrix) if served.fast else framed(list(matrix.T), served.columns)
     if len(parts) == 1:
         return framed(parts[0].values, served.columns)
     return framed([list(chain.from_iterable(values)) for values in zip(*(part.values for part in parts))], served.columns)
@@ -204,9 +204,7 @@ def read_json(reader: Reader, body: bytes) -> Rows:
         raise DataError(f"The body holds {shown(strange)}." if strange else f"The body holds {len(found)} forms of input.",
                         f"Send exactly one of: {', '.join(FORMS)}; and params beside it, if need be.")
     rows = READERS[found[0]](reader, told[found[0]])
-    if params := told.get("params"):
-        return with_params(reader, rows, params)
-    return rows
+    return rows if told.get("params") is None else with_params(reader, rows, told["params"])
 
 
 def with_params(reader: Reader, rows: Rows, params: Any) -> Rows:
@@ -214,7 +212,7 @@ def with_params(reader: Reader, rows: Rows, params: Any) -> Rows:
     if type(params) is not dict:
         raise DataError(f"The params are {shown(params)}.", "Send an object.")
     declared = reader.served.params
-    if not declared:
+    if not declared or not params:
         return rows
     if strange := [name for name in params if name not in declared]:
         raise DataError(f"{reader.served.label} has no param {shown(strange[0])}.", did_you_mean(strange[0][:100], declared))
