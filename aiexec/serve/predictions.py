@@ -162,10 +162,11 @@ def compact_aside(folder: Path) -> subprocess.Popen:
 def open_log(
     model: str,  # its name
     settings: Settings,
+    folder: Path | None = None,  # in the project, if not given
 ) -> PredictionLog:
-    "The log of a model in its project, without what its use case says is not to be kept."
+    "The log of a model of a project, without what its use case says is not to be kept."
     section = serve_section(model, settings)
-    return PredictionLog(predictions_folder(model, settings), mask=section.mask, drop=section.drop, secret=mask_secret(settings))
+    return PredictionLog(folder or predictions_folder(model, settings), mask=section.mask, drop=section.drop, secret=mask_secret(settings))
 
 
 def predictions_folder(model: str, settings: Settings) -> Path:

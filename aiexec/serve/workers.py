@@ -54,9 +54,9 @@ def open_live(plan: Plan) -> tuple[Live, Keyring, PredictionLog | None]:
     ledger = own_ledger(plan.settings) if plan.settings else None
     name, _, which = plan.reference.removeprefix("models:/").replace("/", "@").partition("@")
     known = known_name(name, ledger) if ledger and not (Path(plan.reference) / "MLmodel").is_file() else None
-    log = PredictionLog(plan.log) if plan.log else None
+    log = None if known or not plan.log else PredictionLog(plan.log)
     if known:
-        log = log or open_log(known, ledger.settings)
+        log = open_log(known, ledger.settings, plan.log)
         fixed = {"version": which} if which.isdecimal() else {"alias": which or "champion"}
         live = Live(known, lambda version: open_served(f"{known}/{version}", ledger=ledger), ledger, log=log, **fixed)
     else:
