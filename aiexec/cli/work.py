@@ -21,7 +21,7 @@ SECTIONS = {
     "Begin": ("demo", "new", "doctor"),
     "Run": ("check", "run", "resume", "why", "runs", "verify", "reproduce", "schedule", "backfill", "warm"),
     "Models": ("models", "packet", "approve", "promote", "rollback", "webhooks"),
-    "Serve": ("serve", "canary", "keys", "score"),
+    "Serve": ("serve", "canary", "keys", "score", "image"),
     "Watch": ("monitor", "alerts", "drift", "performance"),
     "Decide": ("decide", "deliver"),
     "Govern": ("roi", "portfolio", "audit"),
