@@ -118,7 +118,7 @@ def score_rows(reference: str, source, place: str, afresh: bool, log: bool, allo
     text = f"{done.rows:,} rows scored by {served.label}{before} in {done.seconds:,.1f} s."
     return Answer(asdict(done), f"{text}\n{done.output}; what was done stands in {done.manifest}")
 
-
+# %% ../../nbs/9_show/98i_scoring.ipynb #b74ae73c
 def other_half(there: dict, served) -> bool:
     "Whether an unfinished scoring was begun with another version of the model."
     return there.get("state") != "complete" and there.get("model") == served.name and there.get("version") != served.version
@@ -149,7 +149,7 @@ def noted(done, served, settings) -> None:
 @click.argument("reference")
 @click.option("-o", "--output", type=click.Path(file_okay=False), help="The folder to make (default: NAME-image).")
 @click.option("--base", default="", metavar="IMAGE", help="Base image (default: the slim Python of the model).")
-@click.option("--tag", default="", metavar="NAME:TAG", help="Name of the image in the manifests (default: the model's and its version).")
+@click.option("--tag", default="", metavar="NAME:TAG", help="Name of the image (default: model and version).")
 @click.option("--gpu", is_flag=True, help="For machines with a GPU.")
 @click.option("--allow-pickle", is_flag=True, help="Take a model that can run code: you trust whoever made it.")
 @verb
@@ -165,5 +165,5 @@ def image(reference, output, base, tag, gpu, allow_pickle):
 
     folder = Path(output or f"{Path(reference.removeprefix('models:/')).name.partition('@')[0]}-image")
     made = write_image(reference, folder, base=base, tag=tag, gpu=gpu, allow_pickle=allow_pickle, settings=project_here())
-    text = f"Made {folder}: {made.tag} on {made.base}, {made.packages} packages. Go on with:\n  docker build --tag {made.tag} {folder}"
-    return Answer(asdict(made), text)
+    text = f"Made {folder}: {made.tag} on {made.base}, {made.packages} packages."
+    return Answer(asdict(made), f"{text} Go on with:\n  docker build --tag {made.tag} {folder}")
