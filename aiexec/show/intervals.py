@@ -41,10 +41,11 @@ def ground(marks: Sequence[float], form: Callable[[Any], str], bottom: float) ->
     "Pale lines from top to bottom, with as many of their figures as fit."
     at, shapes = spread(marks), []
     every = -(-len(marks) // 4)
+    begin = marks.index(0) % every if 0 in marks else 0  # nought is always told
     for place, mark in enumerate(marks):
         x = round(at(mark), 1)
         shapes.append(tag("line", x1=x, x2=x, y1=4, y2=bottom, stroke=GRID))
-        if place % every == 0:
+        if place % every == begin:
             shapes.append(tag("text", form(mark), x=x, y=bottom + 16, text_anchor="middle", class_="tick"))
     return join(*shapes)
 
@@ -146,14 +147,15 @@ def weight_chart(
     if not rows:
         return framed(title, note, None, heads, table, empty)
     shown = list(rows)[:most]
-    marks = ticks(min(0, *(row["value"] for row in shown), 0), max(0, *(row["value"] for row in shown), 0) or 1)
+    least, largest = (end([0.0, *(row["value"] for row in shown)]) for end in (min, max))
+    marks = ticks(least if -least > largest / 20 else 0.0, largest or (0.0 if least else 1.0))
     at, bottom, shapes = spread(marks), len(shown) * LINE + 6, []
     for place, row in enumerate(shown):
-        y, ends = place * LINE + LINE / 2 + 4, sorted([at(0), at(row["value"])])
+        y, ends = place * LINE + LINE / 2 + 4, sorted([at(0), max(at(row["value"]), NAMES)])
         shapes.append(tag("rect", x=round(ends[0], 1), y=y - 7, width=round(max(ends[1] - ends[0], 1), 1), height=14,
                           fill=ACCENT if row["value"] >= 0 else GREY))
         if row.get("spread"):
-            low, high = (round(at(row["value"] + sign * row["spread"]), 1) for sign in (-1, 1))
+            low, high = (round(max(at(row["value"] + sign * row["spread"]), NAMES), 1) for sign in (-1, 1))
             shapes.append(tag("line", x1=low, x2=high, y1=y, y2=y, stroke=INK, stroke_width=1.4))
         shapes += [named(row["name"], y), figure(form(row["value"]), y)]
     more = f"; {len(rows) - most} smaller ones are among the figures" if len(rows) > most else ""

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOLD', 'WHO', 'STYLE', 'packet_facts', 'ordered', 'headline', 'head', 'approver', 'pieces', 'noted', 'fairness_told',
-           'digests', 'told_card', 'packet_body', 'packet_page', 'packet', 'packet_notebook', 'note', 'code',
-           'write_packet']
+           'digests', 'told_card', 'told_part', 'packet_body', 'packet_page', 'packet', 'packet_notebook', 'note',
+           'code', 'write_packet']
 
 # %% ../../nbs/9_show/96c_packet.ipynb #cabcaff6
 import json
@@ -65,14 +65,15 @@ def headline(facts: dict[str, Any]) -> Html:
         return banner("quiet", "No gate has judged this version.", "Gate it: ", tag("code", "aiexec run --trigger train"), ".")
     level, words = TOLD[gravest(one["outcome"] for one in facts["verdicts"])]
     against = facts["verdicts"][0]["against"]
-    held = f"Held against version {against}. " if against else "There was no champion to hold it against. "
-    return banner(level, words, held, " ".join(one["why"] for one in facts["verdicts"]))
+    held = f"Held against version {against}. " if against else ""
+    weighty = [one["why"] for one in facts["verdicts"] if one["metric"] != "limits" or one["outcome"] != "pass"]
+    return banner(level, words, held, " ".join(weighty), " ", tag("a", "Your decision", href="#decision"))
 
 
 def head(facts: dict[str, Any]) -> Html:
     "What it is about."
     usecase, record = facts["usecase"], facts["record"]
-    now_in_use = "is the champion" if facts["champion"] == record["version"] else (
+    now_in_use = "it is the champion" if facts["champion"] == record["version"] else (
         f"champion: version {facts['champion']}" if facts["champion"] else "no champion yet")
     told = [usecase.title, usecase.department, f"risk: {usecase.risk}", join("owner: ", mail(usecase.owner)), now_in_use,
             f"registered {minute(record['at'])} by {record['actor']}"]
@@ -99,8 +100,8 @@ def approver(facts: dict[str, Any]) -> list[Html]:
              ("To refuse", f'aiexec approve {which} --reject --reason "…"'),
              ("To put it in use then", f'aiexec promote {which} --reason "…"')]
     who = WHO[asked]
-    return [tag("h2", "Your decision"), tag("p", rule.rule, " ", who), tag("p", state),
-            tag("div", table(["decision", "by", "at", "until", "reason"], rows, "Nobody has decided yet."), class_="scroll"),
+    decided = [tag("div", table(["decision", "by", "at", "until", "reason"], rows), class_="scroll")] if rows else []
+    return [tag("h2", "Your decision", id="decision"), tag("p", rule.rule, " ", who), tag("p", state), *decided,
             tag("div", table(["", ""], [[what, tag("code", line)] for what, line in typed]), class_="scroll typed"),
             tag("p", f"A decision is about the files with the digest {record['digest'][:16]}…, and about no others.",
                 class_="soft small")]
@@ -123,9 +124,8 @@ def pieces(facts: dict[str, Any]) -> list[Html]:
     return [
         tag("div", *gate_cards(verdicts, found, currency), class_="cards"),
         tag("h2", "What was asked, and what was found"), checks_table(verdicts, currency), tag("p", earlier, class_="soft small"),
-        *([tag("h2", "Against the champion"), tag("div", *charts, class_="grid")] if charts else []),
-        tag("h2", "The model by itself"), tag("div", calibration_chart(found), importance_chart(found), class_="grid"),
-        *noted(found),
+        tag("h2", "Against the champion, and by itself" if charts else "By itself"),
+        tag("div", *charts, calibration_chart(found), importance_chart(found), class_="stack"), *noted(found),
         *([tag("h2", "Groups of people"), tag("div", *fair, class_="grid")] if fair else fairness_told(usecase)),
         tag("h2", "On the champion's requests"), *replay_parts(found, currency),
     ]
@@ -166,19 +166,27 @@ def told_card(facts: dict[str, Any]) -> list[Html]:
     "The model card, section by section."
     parts = [tag("h2", "Model card")]
     for section in facts["card"]:
-        inside = [tag("div", table(part[0], part[1:], "Nothing is on record."), class_="scroll") if isinstance(part, list)
-                  else tag("p", part) for part in section.parts]
-        parts.append(tag("section", tag("h3", section.title), *inside))
+        parts.append(tag("section", tag("h3", section.title), *[told_part(part) for part in section.parts]))
     return parts
+
+
+def told_part(part: list | str) -> Html:
+    "A sentence of a card, or a table."
+    if not isinstance(part, list):
+        return tag("p", part)
+    return tag("div", table(part[0], part[1:], "Nothing is on record."), class_="scroll" if any(part[0]) else "scroll pairs")
 
 # %% ../../nbs/9_show/96c_packet.ipynb #d19c04b1
 STYLE = """
 .ax.packet{max-width:1080px} .ax.packet h3{font-size:15px;font-weight:600;margin:22px 0 6px}
 .ax.packet .chart>svg{font-size:12px;max-width:560px} .ax.packet figcaption>span{min-height:0}
 .ax.packet .grid{grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));align-items:start}
-.ax.packet .card .figure{white-space:normal} .ax.packet .cards{grid-template-columns:repeat(auto-fit,minmax(170px,1fr))}
-.ax.packet section td{white-space:normal;overflow-wrap:anywhere} .ax.packet section td:first-child{min-width:110px}
-.ax.packet .typed code{white-space:pre-wrap;overflow-wrap:anywhere} .ax.packet .typed th{display:none}
+.ax.packet .stack{columns:2 400px;column-gap:20px} .ax.packet .stack .chart{break-inside:avoid;margin-bottom:20px}
+.ax.packet .card .figure{white-space:normal} .ax.packet .cards{grid-template-columns:repeat(auto-fill,minmax(170px,1fr))}
+.ax.packet .scroll td{overflow-wrap:break-word} .ax.packet .scroll td:first-child{min-width:140px}
+.ax.packet section td{white-space:normal} .ax.packet section td:last-child{min-width:170px;overflow-wrap:anywhere}
+.ax.packet .typed code{white-space:pre-wrap;overflow-wrap:anywhere} .ax.packet .typed thead,.ax.packet .pairs thead{display:none}
+.ax.packet .pairs td:first-child{width:150px;min-width:110px;color:#5a6673}
 .ax.packet p.empty{border-left:3px solid #c9d1d9;padding-left:12px}
 @media(max-width:560px){.ax.packet{padding:20px 14px 48px} .ax.packet h1{font-size:23px} .ax.packet .card{padding:10px 12px}
  .ax.packet .cards{grid-template-columns:1fr 1fr;gap:10px} .ax.packet .card .figure{font-size:19px}
