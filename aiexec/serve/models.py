@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NUMBERS', 'EXACT', 'DTYPES', 'DATA_ONLY', 'PICKLED', 'KINDS', 'NAMED', 'Column', 'Output', 'Served', 'swift',
            'trial_rows', 'takes_matrix', 'why_not', 'columns_of', 'output_of', 'read_model', 'described',
-           'stored_example', 'estimator', 'any_model', 'open_served', 'own_ledger', 'known_name', 'registered',
-           'foreign_version']
+           'stored_example', 'estimator', 'any_model', 'open_served', 'named_in', 'own_ledger', 'known_name',
+           'registered', 'foreign_version']
 
 # %% ../../nbs/5_serve/50a_models.ipynb #fcad4777
 import json
@@ -279,7 +279,7 @@ def open_served(
     "The model that is meant; raises `RegistryError` when there is none, or it may not be loaded."
     if not reference.startswith("models:/") and (Path(reference) / "MLmodel").is_file():
         folder = Path(reference).resolve()
-        return read_model(folder, folder.name, allow_pickle=allow_pickle)
+        return read_model(folder, *named_in(folder), allow_pickle=allow_pickle)
     found = NAMED.fullmatch(reference)
     if not found:
         raise RegistryError(f"'{reference[:100]}' names no model, and no folder of one.",
@@ -294,6 +294,16 @@ def open_served(
         find_version(name, which, ledger)  # says what there is
     raise RegistryError(f"There is no folder '{reference}' with a model, and no aiexec project here.",
                         "Go to the project, or name the folder that holds the file MLmodel.")
+
+
+def named_in(folder: Path) -> tuple[str, str]:  # name and version
+    "What a folder holds: the version that MLflow or `aiexec image` noted there, or something of the folder's own name."
+    try:
+        note = read_yaml(folder / "registered_model_meta")
+        named = NAMED.fullmatch(f"{note['model_name']}/{note['model_version']}")
+        return (named["name"], named["number"]) if named and named["number"] and named["name"][0] != "." else (folder.name, "")
+    except (SpecificationError, KeyError):
+        return folder.name, ""
 
 
 def own_ledger(settings: Settings | None) -> Ledger | None:
