@@ -171,6 +171,8 @@ def exchange(link: socket.socket, parts: SplitResult, body: bytes, headers: dict
     talk.auto_open = 0
     talk.request("POST", (parts.path or "/") + (f"?{parts.query}" if parts.query else ""), body, headers)
     answer = talk.getresponse()
+    if time.monotonic() >= until:  # the headers ended because they were cut
+        raise TimeoutError("it was cut")
     named = answer.getheader("Retry-After", "")
     try:
         text = answer.read1(WORDS).decode("utf-8", "replace")
