@@ -59,7 +59,7 @@ class Service:
         self.board, self.tally = board or Board(), None
         self.tally = Tally(self.board, worker)
         self.rates = Rates(limits.rate) if limits.rate else None
-        self.batching = Batching(Answering(live, log, self.tally), waiting=limits.waiting)
+        self.batching = Batching(Answering(live, log, self.tally), waiting=limits.waiting, itself=live.champion.together)
         self.connected: Callable[[], int] = lambda: 0
         self.known: Reader | None = None
         self.beat: asyncio.Task | None = None
@@ -93,8 +93,8 @@ class Service:
             return None
         headers.append((b"content-length", b"%d" % len(body)))
         await send({"type": "http.response.start", "status": code, "headers": headers})
-        async with asyncio.timeout(self.limits.time if len(body) > LONG else None):  # for a client that does not read
-            await send({"type": "http.response.body", "body": body})
+        sending = send({"type": "http.response.body", "body": body})
+        await (sending if len(body) < LONG else asyncio.wait_for(sending, self.limits.time))  # a client may not read
         self.tally.request(route, code, time.perf_counter() - began)
 
     async def answered(self, path: str, scope: dict, receive: Callable) -> tuple[int, list, bytes]:
