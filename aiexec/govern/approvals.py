@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['APPROVALS', 'TIMES', 'LONGEST', 'Approval', 'approvals', 'lasting', 'same_person', 'plain_name', 'makers', 'approve',
-           'revoke', 'used', 'against', 'standing', 'owner_of', 'last_verdict', 'ruling', 'rule_for', 'go_live']
+           'settled', 'owner_of', 'revoke', 'used', 'against', 'standing', 'last_verdict', 'ruling', 'rule_for',
+           'go_live']
 
 # %% ../../nbs/8_govern/80_people.ipynb #31cbfe06
 import re
@@ -19,6 +20,7 @@ from ..define.usecase import UseCase, list_usecases
 from ..errors import ApprovalError, ParameterError
 from ..model.gates import GATES
 from ..model.registry import ALIASES, ANY, Move, Rule, find_version, promote
+from ..monitor.retrain import proposals, settle
 from ..run.records import RUNS
 from ..settings import Settings, current_actor
 from ..store import Change, Ledger, declare, now, open_ledger
@@ -114,7 +116,22 @@ def approve(
                         "rejected" if reject else "approved", actor, reason, now(), "" if reject else until)
         change.insert(APPROVALS, asdict(made))
         body.update(asdict(made))
+    if reject:
+        settled(record, "refused", f"{actor} rejected it: {reason}", ledger)
     return made
+
+
+def settled(record: dict, became: str, why: str, ledger: Ledger) -> None:  # became: promoted or refused
+    "Tell the proposal of a retraining, which waits for people, what they decided about its version."
+    usecase = owner_of(record["model"], ledger.settings)
+    for one in proposals(ledger, usecase.name) if usecase else []:
+        if one.version == record["version"] and one.status == "waiting":
+            settle(ledger, usecase.name, one.window, became, why=why)
+
+
+def owner_of(name: str, settings: Settings) -> UseCase | None:
+    "The use case that a model belongs to."
+    return next((one for one in list_usecases(settings) if one.model and one.model.name == name), None)
 
 # %% ../../nbs/8_govern/80_people.ipynb #975e8c7d
 def revoke(
@@ -186,11 +203,6 @@ def standing(
     return (good[-1], "") if good else (None, "; ".join(filter(None, reasons.values())) or "nobody has approved it")
 
 # %% ../../nbs/8_govern/80_people.ipynb #7f16e6d4
-def owner_of(name: str, settings: Settings) -> UseCase | None:
-    "The use case that a model belongs to."
-    return next((one for one in list_usecases(settings) if one.model and one.model.name == name), None)
-
-
 def last_verdict(record: dict, place: Ledger | Change, metric: str = "") -> dict | None:  # a row of GATES
     "The last verdict about the very files of a version."
     asked = {"metric": metric} if metric else {}
@@ -249,5 +261,7 @@ def go_live(
     record, usecase = find_version(name, version, ledger), owner_of(name, ledger.settings)
     for table in (APPROVALS, GATES, RUNS, ALIASES):
         ledger.prepare(table)
-    return promote(name, version, reason=reason, evidence={"by": "hand"}, alias=alias, expect=expect,
+    move = promote(name, version, reason=reason, evidence={"by": "hand"}, alias=alias, expect=expect,
                    rule=rule_for(record, usecase, override), ledger=ledger)
+    settled(record, "promoted", f"{move.actor} promoted it: {reason}", ledger)
+    return move
