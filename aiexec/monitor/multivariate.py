@@ -155,6 +155,7 @@ def joint(
     "Whether two samples differ in what no single column shows."
     if min(len(reference), len(current)) < LEAST or not len(reference.columns):
         return {"verdict": "cannot tell", "why": f"Fewer than {LEAST} rows, or no columns, to look at together."}
+    reference, current = [each.sample(SAMPLE, random_state=0) if len(each) > SAMPLE else each for each in (reference, current)]
     looks = {"classifier": told_apart(reference, current, usual), "correlation": correlation_change(reference, current),
              "reconstruction": reconstruction(reference, current)}
     worst = max(looks.values(), key=lambda look: ("cannot tell", "none", "watch", "act").index(look["verdict"]))

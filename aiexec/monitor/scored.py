@@ -21,7 +21,8 @@ from ..define.metrics import metric
 from ..errors import DataError, ParameterError, did_you_mean
 from .estimates import calibrated, error_model, estimate_error, expected
 from .performance import auc_interval, jackknife_interval
-from .windows import ORDER, cut
+from .timeline import cut
+from .windows import ORDER
 
 # %% ../../nbs/6_monitor/62b_scored.ipynb #27fcc64f
 WORDS = {"1", "1.0", "true", "yes", "y", "positive", "t"}
