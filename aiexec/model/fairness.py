@@ -17,7 +17,7 @@ from ..define.usecase import Fairness
 from ..define.value import numbers
 from ..errors import DataError, did_you_mean
 from .calibration import resampled, summed
-from .draws import FEWEST, rows_needed
+from .draws import FEWEST, rows_needed, two_digits
 from .gates import Verdict, bounded, groups_of, on_limits
 
 # %% ../../nbs/4_model/42c_fairness.ipynb #8b601f40
@@ -112,5 +112,5 @@ def judge_fairness(found: Fair, rule: Fairness, luck: int = FEWEST) -> Verdict: 
                             found.rows * LEAST / max(row["cases"], 1) if row["cases"] < LEAST else 0])
         checks.append({"check": f"{row['column']} {row['group']}: {RATES[row['kind']]} ratio ≥ {line:g}", "rows": row["cases"],
                        "groups": luck, "challenger": row["ratio"], "low": row["low"], "high": row["high"], "outcome": outcome,
-                       "needed": float(np.ceil(needed)) if outcome == "cannot tell" and needed else float("nan")})
+                       "needed": two_digits(needed) if outcome == "cannot tell" and needed else float("nan")})
     return on_limits("fairness", checks, found.rows, found.confidence)

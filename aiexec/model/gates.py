@@ -244,9 +244,15 @@ def on_lines(
 def on_limits(metric: str, checks: list[dict], rows: int, confidence: float = nan) -> Verdict:
     "Judge by limits that each stand for themselves: what is not measured cannot be told."
     frame = pd.DataFrame(checks).reindex(columns=CHECK)
-    told = [f"{one['check']} ({figure_of(one)}: {one['outcome']})" for one in frame.to_dict("records")]
+    told = sorted(frame.to_dict("records"), key=lambda one: ("fail", "cannot tell", "pass").index(one["outcome"]))
+    kept = [one for one in told if one["outcome"] == "pass"]
+    first = told if len(told) <= 3 else [one for one in told if one["outcome"] != "pass"][:5]
+    words = [f"{one['check']} ({figure_of(one)}: {one['outcome']})" for one in first]
+    if len(first) < len(told):
+        others = len(told) - len(kept) - len(first)
+        words += [*([f"{others} more that fail or cannot be told"] if others > 0 else []), f"{len(kept)} of {len(told)} pass"]
     untold = dict.fromkeys(("difference", "low", "high"), nan)
-    why = f"On {rows:,} rows: {', '.join(told)}." if rows else f"{'; '.join(told)}."
+    why = f"On {rows:,} rows: {', '.join(words)}." if rows else f"{'; '.join(words)}."
     return Verdict(gravest(frame["outcome"]), metric, **untold, confidence=confidence, rows=rows, checks=frame, why=why)
 
 
@@ -323,4 +329,4 @@ def standing(verdicts: list[dict]) -> list[dict]:  # one a metric
     "The verdicts of the newest gate: all that were made on the same data against the same champion as the last one."
     same = ("window", "against", "run")
     newest = [one for one in verdicts if all(one[key] == verdicts[-1][key] for key in same)]
-    return list({one["metric"]: one for one in newest}.values())
+    return sorted({one["metric"]: one for one in newest}.values(), key=lambda one: one["metric"])

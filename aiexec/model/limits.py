@@ -86,6 +86,7 @@ def judge_limits(
         words = f"rows that break the contract ({against[1]})" if against[0] else "rows that break the contract"
         checks.append({"check": words, "rows": rows, "challenger": against[0], "outcome": "fail" if against[0] else "pass"})
     if strangers is not None:
-        words = f"unknown features ({', '.join(strangers)})" if strangers else "unknown features"
+        more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
+        words = f"unknown features ({', '.join(strangers[:3])}{more})" if strangers else "unknown features"
         checks.append({"check": words, "challenger": len(strangers), "outcome": "fail" if strangers else "pass"})
     return on_limits("limits", checks, rows)

@@ -16,7 +16,7 @@ SPAN, NAMES, FIGURES, LINE = 460, 132, 78, 24  # widths of the drawing, of its n
 AMBER = "#8a5d00"
 
 
-def cut(name: str, most: int = 20) -> str:
+def cut(name: str, most: int = 18) -> str:
     "A name that fits, its ends kept."
     return name if len(name) <= most else f"{name[: (most - 1) // 2]}…{name[-(most // 2):]}"
 

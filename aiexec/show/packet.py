@@ -190,7 +190,8 @@ STYLE = """
 .ax.packet p.empty{border-left:3px solid #c9d1d9;padding-left:12px}
 @media(max-width:560px){.ax.packet{padding:20px 14px 48px} .ax.packet h1{font-size:23px} .ax.packet .card{padding:10px 12px}
  .ax.packet .cards{grid-template-columns:1fr 1fr;gap:10px} .ax.packet .card .figure{font-size:19px}
- .ax.packet .chart{padding:12px 10px 8px}
+ .ax.packet .chart{padding:12px 10px 8px} .ax.packet section td,.ax.packet section td:last-child{min-width:0;padding-right:8px}
+ .ax.packet section td:first-child{min-width:72px}
  .ax.packet .typed tr,.ax.packet .typed td{display:block;border:0;padding:2px 0}}
 """
 
