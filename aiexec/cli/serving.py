@@ -36,10 +36,13 @@ def serve(reference, host, port, workers, closed, rate, body, seconds, log, allo
     models:/NAME@ALIAS, or the folder of an MLflow model. MLflow's clients, those of the Open Inference Protocol and
     curl can ask it; /docs says what."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the libraries are imported
+    from aiexec.model.loading import inspect
     from aiexec.serve.limits import Limits
     from aiexec.serve.workers import Plan
     from aiexec.serve.workers import serve as run
 
+    if Path(reference, "MLmodel").is_file():  # of unknown origin: a confined child looks at it first
+        inspect(Path(reference).resolve()).check(allow_pickle)
     limits = Limits(body=int(body * 2**20), rate=rate, time=seconds)
     plan = Plan(reference, project_here(), host, port, workers, closed, allow_pickle, Path(log) if log else None, limits)
     code = run(plan, lambda url, told: announce(url, told, plan))

@@ -21,6 +21,7 @@ from pathlib import Path
 import aiexec
 from ..errors import MissingExtra, ParameterError, RegistryError
 from ..files import digest, read_yaml, write_text
+from ..model.loading import inspect
 from ..model.registry import find_version, tree_digest
 from ..projects import lay_out, template
 from .models import NAMED, Served, known_name, own_ledger, read_model
@@ -94,7 +95,8 @@ def take_model(
 ) -> Served:
     "Copy a model's files, verified and seen to load; raises `RegistryError`."
     if not reference.startswith("models:/") and (Path(reference) / "MLmodel").is_file():
-        shutil.copytree(reference, folder)
+        shutil.copytree(reference, folder, symlinks=True)
+        inspect(folder).check(allow_pickle)
         return read_model(folder, Path(reference).resolve().name, allow_pickle=allow_pickle)
     found, ledger = NAMED.fullmatch(reference), own_ledger(settings)
     name = known_name(found["name"], ledger) if found and ledger else None
