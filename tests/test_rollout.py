@@ -1,5 +1,6 @@
 """What is answered is kept, and who answers changes without a lost request: under kill -9, promotions and canaries."""
 
+import json
 import os
 import random
 import shutil
@@ -26,9 +27,10 @@ from aiexec.serve.models import open_served
 from aiexec.serve.predictions import PredictionLog, monitored, open_log, prediction_ids, predictions_folder, read_predictions
 from aiexec.serve.scorer import load_scorer
 from aiexec.settings import Settings, load_settings
-from aiexec.store import Ledger, open_ledger
+from aiexec.store import Ledger, now, open_ledger
 
 from .conftest import answer
+from .test_service import Served as Service
 
 FORK = get_context("fork")  # a fresh interpreter each would take seconds to import what is already here
 KILLS = int(os.environ.get("KILLS", "50"))  # KILLS=1000 python -m pytest tests/test_rollout.py -k killed
@@ -69,15 +71,16 @@ def append_until_killed(folder: Path, first: int, told: int) -> None:
 
 
 def killed_while(function, *words, after: float) -> str:
-    "Run a function in a process of its own, kill it after a while, and give what it told."
+    "Run a function in a process of its own, kill it a while after it told something first, and give all that it told."
     reading, writing = os.pipe()
     child = FORK.Process(target=function, args=(*words, writing))
     child.start()
     os.close(writing)
-    time.sleep(after)
-    os.kill(child.pid, signal.SIGKILL)
     with os.fdopen(reading) as stream:
-        told = stream.read()
+        first = stream.readline()
+        time.sleep(after)
+        os.kill(child.pid, signal.SIGKILL)
+        told = first + stream.read()
     child.join(WAIT)
     return told
 
@@ -85,7 +88,7 @@ def killed_while(function, *words, after: float) -> str:
 def test_no_answer_that_was_told_is_lost_when_workers_are_killed(tmp_path):
     chance, told = random.Random(4), set()
     for number in range(KILLS):
-        lines = killed_while(append_until_killed, tmp_path, number * 1_000_000, after=chance.uniform(0.005, 0.04)).splitlines()
+        lines = killed_while(append_until_killed, tmp_path, number * 1_000_000, after=chance.uniform(0.0, 0.02)).splitlines()
         told |= {f"id {first + row}" for first, rows in (map(int, line.split()) for line in lines) for row in range(rows)}
         if number % 10 == 0:
             compact(tmp_path, everything=True)
@@ -109,6 +112,7 @@ def test_a_segment_cut_anywhere_gives_whole_answers_only(tmp_path):
 
 
 def compact_until_killed(folder: Path, told: int) -> None:
+    os.write(told, b"now\n")
     compact(folder, everything=True)
 
 
@@ -223,7 +227,7 @@ def test_promotions_under_load_lose_no_request_and_mix_no_versions(ledger):
     assert dict(zip(frame["prediction_id"], frame["version"])) == dict(asked) and len(frame) == len(asked)
 
 
-def answer_until_told(root: Path, failing: bool, told: int) -> None:
+def answer_until_told(root: Path, failing: bool, begin, told: int) -> None:
     "One worker: answers, logs, and tells the ids of what it answered, until the canary has ended."
     ledger = open_ledger(Settings(root, actor="ada"))
     live, log = opened(ledger)
@@ -232,6 +236,7 @@ def answer_until_told(root: Path, failing: bool, told: int) -> None:
             raise ValueError("a carrier that nobody knows")
 
         object.__setattr__(live.standing.canary.served, "scoring", fail)
+    begin.wait(WAIT)
     expected, deadline = open_served("flights/1", ledger=ledger).predict(ROWS), time.monotonic() + WAIT
     while live.standing.canary and time.monotonic() < deadline:
         ids = prediction_ids(len(ROWS))
@@ -246,7 +251,8 @@ def answer_until_told(root: Path, failing: bool, told: int) -> None:
 def test_a_failing_canary_is_taken_back_once_by_all_workers_and_costs_no_answer(ledger):
     start_canary("flights", 2, percent=30, reason="a look", ledger=ledger)
     reading, writing = os.pipe()
-    workers = [FORK.Process(target=answer_until_told, args=(ledger.settings.root, True, writing)) for _ in range(3)]
+    begin = FORK.Barrier(3)  # or the first would be done before the last has begun
+    workers = [FORK.Process(target=answer_until_told, args=(ledger.settings.root, True, begin, writing)) for _ in range(3)]
     for worker in workers:
         worker.start()
     os.close(writing)
@@ -265,22 +271,26 @@ def test_a_failing_canary_is_taken_back_once_by_all_workers_and_costs_no_answer(
 
 def test_a_sound_canary_goes_on_when_the_worker_that_looks_is_killed(ledger):
     start_canary("flights", 2, percent=30, reason="a look", ledger=ledger)
+    lead = predictions_folder("flights", ledger.settings) / "_canary" / "1-1" / "lead"
     reading, writing = os.pipe()
-    workers = [FORK.Process(target=answer_until_told, args=(ledger.settings.root, False, writing)) for _ in range(2)]
-    for worker in workers:
-        worker.start()
-    os.close(writing)
-    folder = predictions_folder("flights", ledger.settings) / "_canary" / "1-1"
+    first, second = (FORK.Process(target=answer_until_told, args=(ledger.settings.root, False, FORK.Barrier(1), writing)) for _ in range(2))
+    looks = lambda: int(lead.read_text().strip() or 0) if lead.is_file() else 0  # noqa: E731
     with os.fdopen(reading, "rb", buffering=0) as stream:
-        threading.Thread(target=lambda: all(iter(lambda: stream.read(65536), b"")), daemon=True).start()
-        waited(lambda: (folder / "lead").is_file() and (folder / "lead").read_text().strip(), "nobody looked")
-        os.kill(workers[0].pid, signal.SIGKILL)
-        before = int((folder / "lead").read_text())
-        waited(lambda: int((folder / "lead").read_text().strip() or 0) > before, "nobody looks any more")
+        reader = threading.Thread(target=lambda: all(iter(lambda: stream.read(65536), b"")), daemon=True)
+        reader.start()
+        first.start()
+        waited(looks, "nobody looked")
+        second.start()
+        os.kill(first.pid, signal.SIGKILL)
+        first.join(WAIT)
+        before = looks()
+        waited(lambda: looks() > before, "nobody looks any more")
         assert running_canary("flights", ledger)
         promote("flights", 2, reason="it did well", ledger=ledger)
-        workers[1].join(WAIT)
-    assert workers[1].exitcode == 0
+        second.join(WAIT)
+        os.close(writing)
+        reader.join(WAIT)
+    assert second.exitcode == 0
     assert [move.action for move in canary_moves("flights", ledger)] == ["started", "promoted"]
 
 
@@ -332,7 +342,7 @@ def flown(month, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(flown):
-    "The flights of April, their features, and what the service said of them in requests of one row and of many."
+    "The flights of April, their features, what was said of them in requests of one row and of many, and when that was done."
     settings, library = flown
     ledger = open_ledger(settings)
     april = read("ingest.flights@2013-04", usecase="flight_delays", ledger=ledger)
@@ -346,11 +356,11 @@ def served(flown):
         said.append(batch.outputs[:, 1])
     live.close()
     log.close()
-    return april, features, np.concatenate(said)
+    return april, features, np.concatenate(said), now()
 
 
 def test_training_batch_and_service_give_equal_scores(flown, served):
-    (settings, library), (april, features, said) = flown, served
+    (settings, library), (april, features, said, _) = flown, served
     ledger = open_ledger(settings)
     taught = find_version("flight_delays", "champion", ledger)["trained_on"]
     past = read(list(taught["datasets"]), usecase="flight_delays", ledger=ledger)
@@ -367,11 +377,30 @@ def test_training_batch_and_service_give_equal_scores(flown, served):
     np.testing.assert_array_equal(kept[library.SCHEDULE], features[library.SCHEDULE])
 
 
+def test_the_service_gives_the_same_scores_and_their_reasons(flown, served):
+    settings, library = flown
+    _, features, said, _ = served
+    rows = features[library.MODEL].head(2000)
+    service = Service("flight_delays", cwd=settings.root)
+    try:
+        body = json.loads(rows.to_json(orient="split", index=False, double_precision=15))
+        code, told = service.ask("/invocations", {"dataframe_split": body})
+        assert code == 200, told
+        np.testing.assert_array_equal(np.array(told["predictions"])[:, 1], said[:2000])
+        code, told = service.ask("/invocations?reasons=true", {"dataframe_split": {**body, "data": body["data"][:2]}})
+        assert code == 200, told
+        for score, reason in zip(told["predictions"], told["reasons"], strict=True):
+            assert reason["base"] + sum(reason["contributions"].values()) == pytest.approx(score[1], abs=1e-9)
+            assert set(reason["contributions"]) == set(library.MODEL)
+    finally:
+        assert service.end() == 0, service.said()
+
+
 def test_the_monitor_reads_what_was_served(flown, served, tmp_path):
     settings, library = flown
     folder = predictions_folder("flight_delays", settings)
     compact(folder, everything=True)
-    monitored(folder).to_parquet(tmp_path / "served.parquet")
+    monitored(folder, until=served[-1]).to_parquet(tmp_path / "served.parquet")
     labels = library.read_labels(settings.root / "data" / "flights", "2013-04").rename("late").rename_axis("prediction_id")
     labels.dropna().reset_index().to_parquet(tmp_path / "labels.parquet")
     told = answer("performance", tmp_path / "served.parquet", "--target", "late", "--score", "score", "--labels", tmp_path / "labels.parquet",
