@@ -28,7 +28,7 @@ class Settings:
     timeout: float = 1800.0  # seconds one step may take
     gpus: str = ""  # how many GPUs there are, or their numbers with commas; empty: those that nvidia-smi finds
     actor: str = ""  # who acts; empty: the name of the logged-in user
-    alert_channels: str = field(default="", repr=False)  # who is told of alerts: env:NAME, file:PATH or addresses of Apprise, with spaces between
+    alert_channels: str = field(default="", repr=False)  # who is told of alerts: env:NAME, file:PATH or addresses, with spaces
 
     @property
     def home(self) -> Path:

@@ -33,6 +33,7 @@ FOREIGN = {
     "fastapi": {"serve.service"},
     "uvicorn": {"serve.workers"},
     "orjson": {"serve"},
+    "apprise": {"monitor.channels"},
 }
 
 
