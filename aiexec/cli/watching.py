@@ -18,7 +18,7 @@ from .work import main
 @click.option("--time", metavar="COLUMN", default="", help="Column of moments: cuts CURRENT, or the one file, into windows.")
 @click.option("--every", default="month", show_default=True, help="hour, day, week, month, quarter, year, or a number of rows.")
 @click.option("--against", default="first", show_default=True,
-              help="The windows that are the reference of one file: first (quarter), last, last:3 (before each), year (a year ago).")
+              help="The windows one file is held against: first (quarter), last, last:3 (those before), year (a year ago).")
 @click.option("--ignore", multiple=True, metavar="COLUMN", help="Leave a column out (repeat for more).")
 @click.option("--watch", default=0.1, show_default=True, help="PSI from which a column is watched.")
 @click.option("--act", default=0.25, show_default=True, help="PSI from which something must be done.")

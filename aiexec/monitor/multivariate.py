@@ -60,9 +60,10 @@ def told_apart(
             model = HistGradientBoostingClassifier(max_iter=40, max_leaf_nodes=15, early_stopping=False,
                                                    random_state=seed)
             scores[ask] = model.fit(table[learn], origin[learn]).predict_proba(table[ask])[:, 1]
-        drop = dict(zip(map(str, reference), losses(model, table[ask], origin[ask], seed)))
-    auc = area(scores, origin)
-    error = auc_error(auc, *np.bincount(origin))
+        auc = area(scores, origin)
+        error = auc_error(auc, *np.bincount(origin))
+        known = auc - 2.576 * error > 0.5
+        drop = dict(zip(map(str, reference), losses(model, table[ask], origin[ask], seed))) if known else {}
     verdict = band(auc - (usual - 0.5), *AUC) if auc - 2.576 * error > usual else "none"
     drivers = [name for name, loss in sorted(drop.items(), key=lambda item: -item[1])[:3] if loss > 0.01]
     by = f", mostly by {', '.join(drivers)}" if drivers else ""

@@ -45,7 +45,9 @@ class Pieces:
 
     def column(self, name: str) -> pd.Series:
         "One column, whole."
-        return self.held[name] if self.held is not None else pd.concat([piece[name] for piece in self.read([name])], ignore_index=True)
+        if self.held is not None:
+            return self.held[name]
+        return pd.concat([piece[name] for piece in self.read([name])], ignore_index=True)
 
     def peek(self) -> pd.DataFrame:
         "Rows of all over the table, to choose cells from."
@@ -55,7 +57,7 @@ class Pieces:
             return found.drop(columns=list(self.left_out), errors="ignore")
         return pd.concat([piece.iloc[spread(len(piece), 5_000)] for piece in self], ignore_index=True)
 
-
+# %% ../../nbs/6_monitor/60b_pieces.ipynb #39e3dd4d
 def spread(rows: int, wanted: int) -> np.ndarray:  # places, ascending
     "Some rows of all over, at random."
     return np.sort(np.random.default_rng(rows).choice(rows, min(rows, wanted), replace=False))
@@ -87,7 +89,7 @@ def parquet_peek(path: Path) -> pd.DataFrame | None:  # None: too few row groups
         each = max(1, PEEK // len(groups))
         return pd.concat([next(file.iter_batches(each, [group])).to_pandas() for group in groups], ignore_index=True)
 
-
+# %% ../../nbs/6_monitor/60b_pieces.ipynb #fa5ab26b
 def pieces_of(
     source: pd.DataFrame | str | Path,  # a table, or a file (CSV or Parquet), or the URL of a database
     left_out: tuple[str, ...] = (),  # columns

@@ -130,7 +130,7 @@ def windows_of(
     else:
         yield from against_earlier(current, cuts, names, time, every, (watch, act), calendar, against)
 
-
+# %% ../../nbs/6_monitor/61d_timeline.ipynb #875cd0f5
 def counted(current: Pieces, cuts: list | None, time: str, every: str, like: Profile, ends: dict, wanted: list[str]) -> Iterator:
     "The name and the tally of each wanted window, oldest first."
     if cuts is None:
@@ -141,8 +141,8 @@ def counted(current: Pieces, cuts: list | None, time: str, every: str, like: Pro
             yield window, tally(piece, like, ends)
 
 # %% ../../nbs/6_monitor/61d_timeline.ipynb #f312fac5
-def against_first(reference: Pieces | None, current: Pieces, cuts: list | None, names: list[str], first: int, time: str, every: str,
-                  bands: tuple, calendar: tuple) -> Iterator[Window]:
+def against_first(reference: Pieces | None, current: Pieces, cuts: list | None, names: list[str], first: int, time: str,
+                  every: str, bands: tuple, calendar: tuple) -> Iterator[Window]:
     "Each later window against one reference: another table, or the first windows."
     like = outline((reference or current).peek().drop(columns=time, errors="ignore"))
     if reference is None:
@@ -161,7 +161,8 @@ def against_first(reference: Pieces | None, current: Pieces, cuts: list | None, 
 def own_chunks(reference: Pieces, time: str, every: str, like: Profile) -> list[Tally]:
     "The windows of another table, or all of it when it has no such moments."
     if reference.held is None or time not in reference.held.columns:
-        return [merged(tally(piece.drop(columns=time, errors="ignore"), like, number=number) for number, piece in enumerate(reference))]
+        pieces = (piece.drop(columns=time, errors="ignore") for piece in reference)
+        return [merged(tally(piece, like, number=number) for number, piece in enumerate(pieces))]
     return [tally(piece, like) for _, piece in cut(reference.held, time, every)]
 
 # %% ../../nbs/6_monitor/61d_timeline.ipynb #f115e576
@@ -173,7 +174,7 @@ def against_earlier(current: Pieces, cuts: list | None, names: list[str], time: 
     "Each window against those before it, or the same a year ago; raises `ParameterError`."
     kind, _, count = against.partition(":")
     if kind not in ("last", "year") or count and not count.isdecimal() or kind == "year" and every not in A_YEAR:
-        raise ParameterError(f"'{against}' is no reference.", "Say first, last, last:3, or year (with --every month and the like).")
+        raise ParameterError(f"'{against}' is no reference.", "Say first, last, last:3, or year (for months and the like).")
     like = outline(current.peek().drop(columns=time, errors="ignore"))
     found = list(counted(current, cuts, time, every, like, {}, names))
     for place, (window, one) in enumerate(found):
@@ -183,7 +184,8 @@ def against_earlier(current: Pieces, cuts: list | None, names: list[str], time: 
             base = based(merged(before), calendar)
             yield compare(base, one, window, *bands, own_spread(before, base))
         elif kind == "year":
-            yield Window(window, one.rows, "cannot tell", {}, {"verdict": "cannot tell", "why": "Nothing is known of a year ago."})
+            unknown = {"verdict": "cannot tell", "why": "Nothing is known of a year ago."}
+            yield Window(window, one.rows, "cannot tell", {}, unknown)
 
 
 def earlier(window: str, every: str) -> str:

@@ -66,10 +66,11 @@ def based(whole: Tally, calendar: tuple[str, ...] = ()) -> Baseline:  # calendar
     calendar = {*calendar, *(name for at in dates for name in calendar_parts(whole.sample, at, SLOW)), *written_out(columns)}
     return Baseline(whole, kinds | {name: "calendar" for name in calendar if name in columns and name not in kinds})
 
-
+# %% ../../nbs/6_monitor/61c_windows.ipynb #971e2af4
 def calendar_parts(frame: pd.DataFrame, at: pd.Series, parts: tuple[str, ...] = PARTS) -> tuple[str, ...]:
     "The columns that only say year, month, day or hour of the moments; one of few values must also be called so."
-    numbers = [name for name in frame if frame[name].dtype.kind in "iuf" and (PART.search(str(name)) or frame[name].nunique() > 4)]
+    numbers = [name for name in frame if frame[name].dtype.kind in "iuf"
+               and (PART.search(str(name)) or frame[name].nunique() > 4)]
     return tuple(str(name) for name in numbers if any((frame[name] == getattr(at.dt, part) + off).mean() > 0.99
                                                       for part in parts for off in ((0, 1) if part == "day_of_week" else (0,))))
 
