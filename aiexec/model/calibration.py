@@ -26,8 +26,8 @@ def resampled(
     seed: int,
 ) -> np.ndarray:  # draws × figures
     "The sums of many draws of whole groups."
-    size = len(sums)
-    return np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), DRAWS) @ sums
+    size, chance = len(sums), np.random.default_rng(seed)
+    return np.array([np.bincount(chance.integers(0, size, size), minlength=size) @ sums for _ in range(DRAWS)])
 
 
 def summed(group: np.ndarray, bucket: np.ndarray, values: np.ndarray, buckets: int) -> np.ndarray:  # groups × buckets

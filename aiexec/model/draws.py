@@ -56,6 +56,9 @@ def weighted_answers(one: Metric, labels: np.ndarray, given: np.ndarray) -> Call
 
     def measured(weights: np.ndarray) -> float:
         counts = np.bincount(kinds, weights, minlength=4)
+        if one.name.endswith("likelihood_ratio"):  # scikit-learn's take no weights
+            drawn = np.repeat(np.arange(4), counts.astype(int))
+            return one.function((drawn // 2).astype(float), drawn % 2 == 1)
         there = np.flatnonzero(counts)
         return one.function((there // 2).astype(float), there % 2 == 1, counts[there])
 
