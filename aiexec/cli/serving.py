@@ -48,7 +48,7 @@ def serve(reference, host, port, workers, closed, rate, body, seconds, log, allo
     code = run(plan, lambda url, told: announce(url, told, plan))
     return Answer({"ended": True}, "Stopped.", code=code)
 
-
+# %% ../../nbs/9_show/98h_serving.ipynb #db35b816
 def project_here():  # Settings, or None
     "The settings of the project here, if there is one."
     from aiexec.errors import SpecificationError
@@ -93,7 +93,8 @@ def keys(what, name, scope):
         return Answer({"name": name, "scopes": sorted(set(scope or ["predict"])), "key": key}, text)
     if what == "revoke":
         revoke_key(name, ledger)
-        return Answer({"name": name, "revoked": True}, f"The key of {name} counts no more; services notice within a second or two.")
+        told = {"name": name, "revoked": True}
+        return Answer(told, f"The key of {name} counts no more; services notice in a second or two.")
     shown = ("name", "scopes", "at", "actor", "revoked")
     rows = [{one: row[one] for one in shown} for row in list_keys(ledger, revoked=True)]
     told = [{**row, "scopes": ", ".join(row["scopes"]), "at": row["at"][:19], "revoked": row["revoked"][:19]} for row in rows]

@@ -40,11 +40,12 @@ def sized(told: dict) -> tuple[str, list[int], int]:
     name, kind, shape = shown(told["name"]), told.get("datatype"), told.get("shape")
     if type(kind) is not str or kind not in DATATYPES:
         raise DataError(f"Input {name} has the datatype {shown(kind)}.", f"Known: {', '.join(DATATYPES)}.")
-    if type(shape) is not list or not 1 <= len(shape) <= 8 or not all(type(one) is int and 0 <= one < 2**31 for one in shape):
+    sizes = type(shape) is list and 1 <= len(shape) <= 8
+    if not sizes or not all(type(one) is int and 0 <= one < 2**31 for one in shape):
         raise DataError(f"Input {name} has the shape {shown(shape)}.", "Send a list of whole numbers.")
     return kind, shape, math.prod(shape)
 
-
+# %% ../../nbs/5_serve/52a_inference.ipynb #a720b970
 def from_json(told: dict) -> np.ndarray:
     "A tensor whose values stand in the JSON, flat or nested; raises `DataError`."
     kind, shape, count = sized(told)
@@ -55,7 +56,8 @@ def from_json(told: dict) -> np.ndarray:
         data = [value for part in data for value in part]
     if type(data) is not list or len(data) != count:
         held = len(data) if type(data) is list else "no list of"
-        raise DataError(f"Input {shown(told['name'])} holds {held} values, where {count} belong.", f"Its shape is {shown(shape)}.")
+        problem = f"Input {shown(told['name'])} holds {held} values, where {count} belong."
+        raise DataError(problem, f"Its shape is {shown(shape)}.")
     made = np.empty(count, dtype=object)
     made[:] = data
     return made.reshape(shape)
@@ -67,10 +69,10 @@ def from_bytes(told: dict, raw: bytes) -> np.ndarray:
     if kind == "BYTES":
         return texts(raw, count, told["name"]).reshape(shape)
     if len(raw) != count * np.dtype(DATATYPES[kind]).itemsize:
-        raise DataError(f"Input {shown(told['name'])} has {len(raw)} bytes, which are not {count} of {kind}.", "Send all of them.")
+        raise DataError(f"Input {shown(told['name'])} has {len(raw)} bytes, which are not {count} of {kind}.", "Send all.")
     return np.frombuffer(raw, dtype=DATATYPES[kind]).reshape(shape)
 
-
+# %% ../../nbs/5_serve/52a_inference.ipynb #c91902b0
 def texts(raw: bytes, count: int, name: str) -> np.ndarray:
     "Texts, each after its length; raises `DataError`."
     made, at = [], 0
@@ -104,13 +106,15 @@ def read_inference(
 ) -> Inference:
     "The rows of a request; raises `DataError`."
     if header is not None and not 0 <= header <= len(body):
-        raise DataError(f"The JSON is said to have {header} bytes, the body has {len(body)}.", "Mend Inference-Header-Content-Length.")
+        problem = f"The JSON is said to have {header} bytes, the body has {len(body)}."
+        raise DataError(problem, "Mend Inference-Header-Content-Length.")
     told = parsed(body if header is None else body[:header])
     if type(told) is not dict or not told.get("inputs"):
         raise DataError("The request has no inputs.", "Send an object with inputs: a list of tensors.")
     identity, settings = told.get("id", ""), told.get("parameters") or {}
     if type(identity) is not str or len(identity) > 500 or type(settings) is not dict:
-        raise DataError("The id or the parameters of the request are of another kind.", "An id is a text, parameters are an object.")
+        problem = "The id or the parameters of the request are of another kind."
+        raise DataError(problem, "An id is a text, parameters are an object.")
     given = taken(listed(told["inputs"], "inputs"), memoryview(body)[header:] if header is not None else b"")
     wanted = None
     if told.get("outputs"):
@@ -123,7 +127,7 @@ def binary_wanted(told: dict) -> bool | None:
     settings = told.get("parameters")
     return settings.get("binary_data") is True if type(settings) is dict and "binary_data" in settings else None
 
-
+# %% ../../nbs/5_serve/52a_inference.ipynb #52a9fa86
 def taken(inputs: list[dict], raw: Any) -> dict[str, np.ndarray]:
     "The tensors by name; raises `DataError`."
     made, at = {}, 0
@@ -211,7 +215,7 @@ def write_inference(
     text = require("orjson", "serve").dumps({"id": asked.id, **body} if asked.id else body)
     return (b"".join([text, *raw]), len(text)) if raw else (text, None)
 
-
+# %% ../../nbs/5_serve/52a_inference.ipynb #d5b2a44e
 def as_bytes(tensor: np.ndarray, kind: str) -> bytes:
     "A tensor as its bytes."
     if kind != "BYTES":
@@ -222,9 +226,11 @@ def as_bytes(tensor: np.ndarray, kind: str) -> bytes:
 
 def model_metadata(served: Served, versions: list[str]) -> dict:
     "What the protocol tells of a model."
+    def told(name: str, kind: str, shape: Any) -> dict:
+        return {"name": name, "datatype": NAMES.get(np.dtype(kind), "BYTES"), "shape": list(shape)}
+
     inputs = [{"name": column.name, "datatype": OF_COLUMN.get(column.kind, "BYTES"), "shape": [-1]} for column in served.columns]
-    if served.tensor:
-        inputs = [{"name": "input-0", "datatype": NAMES.get(np.dtype(served.tensor[0]), "BYTES"), "shape": list(served.tensor[1])}]
-    outputs = [{"name": one.name, "datatype": NAMES.get(np.dtype(one.kind), "BYTES"), "shape": list(one.shape)} for one in served.outputs]
+    inputs = [told("input-0", *served.tensor)] if served.tensor else inputs
+    outputs = [told(one.name, one.kind, one.shape) for one in served.outputs]
     platform = "sklearn" if served.model is not None else "mlflow"
     return {"name": served.name, "versions": versions, "platform": platform, "inputs": inputs, "outputs": outputs}

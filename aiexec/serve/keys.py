@@ -98,12 +98,8 @@ class Keyring:
                 self.required = True  # the last key that is revoked must not open the door
             self.known = known
 
-    def holder(
-        self,
-        headers: Iterable[tuple[bytes, bytes]],  # of a request, names in small letters
-        scope: str,
-    ) -> tuple[str | None, int]:  # name of the key, or None; 200, 401 (no key that counts) or 403 (not for this)
-        "Who asks, and whether that is allowed."
+    def holder(self, headers: Iterable[tuple[bytes, bytes]], scope: str) -> tuple[str | None, int]:
+        "The name of the key in the headers of a request, if it counts; and 200, 401 (it does not) or 403 (not for this)."
         found = next((presented(name, value) for name, value in headers if name in (b"authorization", b"x-api-key")), "")
         match = WRITTEN.fullmatch(found)
         row = self.known.get(match[1]) if match else None
@@ -115,7 +111,7 @@ class Keyring:
         "Look no more."
         self.over.set()
 
-
+# %% ../../nbs/5_serve/52f_keys.ipynb #b7664a53
 WRITTEN = re.compile(r"aix_([0-9a-f]{8})_([\w-]{43})")
 NOBODY = "0" * 64
 

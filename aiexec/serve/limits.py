@@ -54,7 +54,8 @@ class Rates:
         left = min(self.most, left + (now - at) * self.rate)
         if left < 1:
             wait = str(max(1, round((1 - left) / self.rate)))
-            raise Refusal(429, f"More than {self.rate:g} requests a second.", "Ask again a little later.", **{"retry-after": wait})
+            problem = f"More than {self.rate:g} requests a second."
+            raise Refusal(429, problem, "Ask again a little later.", **{"retry-after": wait})
         if len(self.buckets) > 10_000:  # whoever asked lately keeps the bucket
             self.buckets = {name: held for name, held in self.buckets.items() if now - held[1] < 1}
         self.buckets[who] = (left - 1, now)
@@ -80,7 +81,8 @@ async def body_of(limits: Limits, headers: dict[bytes, bytes], receive: Callable
                     raise too_large(most)
                 parts.append(part)
     except TimeoutError:
-        raise Refusal(408, f"The body did not arrive within {limits.receive:g} s.", "Send it faster.", connection="close") from None
+        problem = f"The body did not arrive within {limits.receive:g} s."
+        raise Refusal(408, problem, "Send it faster.", connection="close") from None
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
@@ -91,9 +93,10 @@ def too_large(most: int) -> Refusal:
 # %% ../../nbs/5_serve/52i_limits.ipynb #47d0d081
 def kind_of(content: bytes) -> str:
     "json or csv; raises `Refusal` for other kinds."
-    kind, *settings = content.decode("latin-1").lower().replace(" ", "").split(";")
-    if kind not in ("application/json", "text/csv") or any(one not in ("charset=utf-8", 'charset="utf-8"', "") for one in settings):
-        raise Refusal(415, f"The body is said to be {shown(content.decode('latin-1'))}.", "Send application/json or text/csv, in UTF-8.")
+    text = content.decode("latin-1")
+    kind, *settings = text.lower().replace(" ", "").split(";")
+    if kind not in ("application/json", "text/csv") or not set(settings) <= {"charset=utf-8", 'charset="utf-8"', ""}:
+        raise Refusal(415, f"The body is said to be {shown(text)}.", "Send application/json or text/csv, in UTF-8.")
     return "csv" if kind == "text/csv" else "json"
 
 

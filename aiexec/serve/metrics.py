@@ -18,7 +18,8 @@ ROUTES = ("invocations", "infer", "other")
 CODES = (200, 400, 401, 403, 404, 405, 408, 411, 413, 415, 429, 431, 500, 503)  # the last but one stands for what is not here
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # upper ends of the buckets
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-GAUGES = {"up": "Whether the worker answers.", "connections": "Open connections.", "waiting_rows": "Rows that wait or are being scored."}
+GAUGES = {"up": "Whether the worker answers.", "connections": "Open connections.",
+          "waiting_rows": "Rows that wait or are being scored."}
 TEXT = 16_384  # bytes for the facts of a worker
 
 # %% ../../nbs/5_serve/52e_metrics.ipynb #2a857191
@@ -101,7 +102,8 @@ def prometheus(board: Board) -> str:
     lines += histogram("aiexec_batch_rows", "", ROWS, sums[board.batches : board.batches + len(ROWS) + 2])
     for place, (name, told) in enumerate(GAUGES.items()):
         lines += head(f"aiexec_{name}", "gauge", told)
-        lines += [f'aiexec_{name}{{worker="{worker}"}} {board.row(worker)[board.gauges + place]:.0f}' for worker in range(board.workers)]
+        values = [board.row(worker)[board.gauges + place] for worker in range(board.workers)]
+        lines += [f'aiexec_{name}{{worker="{worker}"}} {value:.0f}' for worker, value in enumerate(values)]
     return "\n".join([*lines, *told_by_workers(board), ""])
 
 
@@ -119,7 +121,7 @@ def histogram(name: str, labels: str, ends: tuple, counts: list[float]) -> list[
     bare = f"{{{labels[:-1]}}}" if labels else ""
     return [*lines, f"{name}_sum{bare} {counts[-1]:.6f}", f"{name}_count{bare} {total:.0f}"]
 
-
+# %% ../../nbs/5_serve/52e_metrics.ipynb #78633fc7
 def told_by_workers(board: Board) -> list[str]:
     "What the workers tell of their models: facts with `metrics`, a list of name, kind, help, and samples (labels and value)."
     families: dict[str, list[str]] = {}

@@ -55,7 +55,7 @@ class Output:
     kind: str  # numpy's name of it: float64, int64, object …
     shape: tuple[int, ...] = (-1,)  # -1: as many as there are rows
 
-
+# %% ../../nbs/5_serve/50a_models.ipynb #ebcf7943
 @dataclass(frozen=True, eq=False)
 class Served:
     "One version of a model, ready to answer; any number of threads may ask it."
@@ -223,13 +223,14 @@ def described(folder: Path) -> dict:
         problem = getattr(why, "problem", f"{folder.name} is no model that can be asked: it has no python_function flavor.")
         raise RegistryError(problem, "Log the model with MLflow.") from why
 
-
+# %% ../../nbs/5_serve/50a_models.ipynb #bebf801d
 def stored_example(folder: Path, columns: tuple[Column, ...]) -> pd.DataFrame | None:
     "The rows stored with a model, if they fit its columns."
     for name in ("example.json", "input_example.json"):
         try:
             told = json.loads((folder / name).read_text(encoding="utf-8"))
-            return pd.DataFrame(told["data"], columns=told["columns"])[[column.name for column in columns]].head(5) if columns else None
+            frame = pd.DataFrame(told["data"], columns=told["columns"])
+            return frame[[column.name for column in columns]].head(5) if columns else None
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return None
@@ -243,7 +244,8 @@ def estimator(folder: Path, description: dict, name: str, consent: bool) -> tupl
     try:
         if not file.resolve().is_relative_to(folder.resolve()):
             raise ValueError("its file lies elsewhere")
-        model = skops.io.load(file, trusted=[*TRUSTED, *(flavors["sklearn"].get("skops_trusted_types") or () if consent else ())])
+        more = flavors["sklearn"].get("skops_trusted_types") or () if consent else ()
+        model = skops.io.load(file, trusted=[*TRUSTED, *more])
         return model, {"predict": model.predict, "predict_proba": getattr(model, "predict_proba", None),
                        "predict_log_proba": getattr(model, "predict_log_proba", None)}[asked]
     except UntrustedTypesFoundException as why:
@@ -264,7 +266,7 @@ def any_model(folder: Path, name: str, params: tuple[str, ...]) -> Callable:
     except Exception as why:  # anything may be raised by what is loaded
         raise RegistryError(f"{name} cannot be loaded: {(str(why) or type(why).__name__).splitlines()[0][:200]}.",
                             "Install what it needs: requirements.txt lies beside it.") from why
-    return (lambda rows, given=None: model.predict(rows, params=given)) if params else (lambda rows, given=None: model.predict(rows))
+    return lambda rows, given=None: model.predict(rows, params=given) if params and given else model.predict(rows)
 
 # %% ../../nbs/5_serve/50a_models.ipynb #49b1745e
 NAMED = re.compile(r"(?:models:/)?(?P<name>[^@/\\:]+)(?:@(?P<alias>[^@/\\:]+)|/(?P<number>\d{1,9}))?")
@@ -305,7 +307,7 @@ def named_in(folder: Path) -> tuple[str, str]:  # name and version
     except (SpecificationError, KeyError):
         return folder.name, ""
 
-
+# %% ../../nbs/5_serve/50a_models.ipynb #74145d4b
 def own_ledger(settings: Settings | None) -> Ledger | None:
     "The ledger of the project here, if there is one."
     try:
@@ -350,12 +352,14 @@ def foreign_version(name: str, which: int | str, allow_pickle: bool) -> Served:
     files = tempfile.TemporaryDirectory()
     try:
         client = MlflowClient()
-        found = client.get_model_version(name, str(which)) if isinstance(which, int) else client.get_model_version_by_alias(name, which)
+        ask = client.get_model_version if isinstance(which, int) else client.get_model_version_by_alias
+        found = ask(name, str(which))
         tree = Path(download_artifacts(artifact_uri=f"models:/{name}/{found.version}", dst_path=files.name))
     except (MlflowException, OSError) as why:
         raise RegistryError(f"MLflow has no {name} {which}: {str(why).splitlines()[0][:200]}.",
                             "Set MLFLOW_TRACKING_URI, or go to the project.") from why
     digest = tree_digest(tree)
     if found.tags.get("aiexec.digest", digest) != digest:
-        raise RegistryError(f"The files of {name} version {found.version} are not those that were registered.", "Nothing was loaded.")
+        problem = f"The files of {name} version {found.version} are not those that were registered."
+        raise RegistryError(problem, "Nothing was loaded.")
     return replace(read_model(tree, name, str(found.version), digest, allow_pickle), files=files)

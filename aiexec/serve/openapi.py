@@ -34,25 +34,28 @@ def forms(columns: tuple[Column, ...]) -> dict:
     "MLflow's forms of input, for a model with these columns."
     if not columns:
         anything = {"type": "array"}
-        return {"dataframe_split": {"type": "object", "required": ["data"]}, "dataframe_records": {"type": "array", "items": {"type": "object"}},
-                "instances": anything, "inputs": {"type": ["array", "object"]}}
+        return {"dataframe_split": {"type": "object", "required": ["data"]}, "instances": anything,
+                "dataframe_records": {"type": "array", "items": {"type": "object"}}, "inputs": {"type": ["array", "object"]}}
     values = {column.name: value_schema(column) for column in columns}
     row = {"type": "array", "prefixItems": list(values.values()), "items": False, "minItems": len(values)}
     one = {"type": "object", "properties": values, "required": [column.name for column in columns if column.required],
            "additionalProperties": False}
     split = {"type": "object", "required": ["data"], "additionalProperties": False, "properties": {
         "columns": {"const": list(values)}, "index": {"type": "array"}, "data": {"type": "array", "items": row}}}
-    return {"dataframe_split": split, "dataframe_records": {"type": "array", "items": one}, "instances": {"type": "array", "items": row},
-            "inputs": {"type": "array", "items": row}}
+    rows = {"type": "array", "items": row}
+    return {"dataframe_split": split, "dataframe_records": {"type": "array", "items": one}, "instances": rows, "inputs": rows}
 
 
 def invocation(columns: tuple[Column, ...]) -> dict:
     "The body of a request in MLflow's protocol."
-    return {"oneOf": [{"type": "object", "properties": {name: schema, "params": {"type": ["object", "null"]}}, "required": [name],
-                       "additionalProperties": False} for name, schema in forms(columns).items()]}
+    def one(name: str, schema: dict) -> dict:
+        held = {name: schema, "params": {"type": ["object", "null"]}}
+        return {"type": "object", "properties": held, "required": [name], "additionalProperties": False}
+
+    return {"oneOf": [one(name, schema) for name, schema in forms(columns).items()]}
 
 # %% ../../nbs/5_serve/52h_openapi.ipynb #4b517ef7
-ERROR = {"type": "object", "properties": {"error": {"type": "string"}, "error_code": {"type": "string"}, "message": {"type": "string"}}}
+ERROR = {"type": "object", "properties": {name: {"type": "string"} for name in ("error", "error_code", "message")}}
 REFUSED = {400: "The request is not what the signature promises; the sentence says what to change.", 401: "A key is needed.",
            403: "The key is for something else.", 404: "There is no such thing.", 405: "The path knows another method.",
            408: "The request did not arrive in time.", 413: "The body is too large.", 415: "The body is of another kind.",
@@ -61,7 +64,7 @@ REFUSED = {400: "The request is not what the signature promises; the sentence sa
 
 def answers(told: str, schema: dict | None, kind: str = "application/json") -> dict:
     "The answers of a path: 200 and the refusals."
-    found = {"200": {"description": told, "content": {kind: {"schema": schema if schema is not None else {"type": "string"}}}}}
+    found = {"200": {"description": told, "content": {kind: {"schema": schema or {"type": "string"}}}}}
     error = {"application/json": {"schema": ERROR}}
     return found | {str(code): {"description": text, "content": error} for code, text in REFUSED.items()}
 
@@ -70,7 +73,8 @@ def path(told: str, schema: dict | None, kind: str = "application/json", body: d
     "One path, with what it takes and gives."
     if body is None:
         return {"get": {"summary": told, "responses": answers(told, schema, kind), **more}}
-    return {"post": {"summary": told, "responses": answers(told, schema, kind), "requestBody": {"required": True, "content": body}, **more}}
+    asked = {"required": True, "content": body}
+    return {"post": {"summary": told, "responses": answers(told, schema, kind), "requestBody": asked, **more}}
 
 
 def inference(name: str) -> dict:
@@ -78,17 +82,19 @@ def inference(name: str) -> dict:
     tensor = {"type": "object", "required": ["name", "shape", "datatype", "data"], "properties": {
         "name": {"type": "string"}, "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}},
         "datatype": {"enum": list(DATATYPES)}, "data": {"type": "array"}, "parameters": {"type": "object"}}}
-    wanted = {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}, "parameters": {"type": "object"}}}
+    named = {"name": {"type": "string"}, "parameters": {"type": "object"}}
+    wanted = {"type": "object", "required": ["name"], "properties": named}
     return {"type": "object", "required": ["inputs"], "properties": {
         "id": {"type": "string"}, "parameters": {"type": "object"}, "inputs": {"type": "array", "minItems": 1, "items": tensor},
         "outputs": {"type": "array", "items": wanted}}}
 
 # %% ../../nbs/5_serve/52h_openapi.ipynb #90f7f79f
 SAID = {"type": "object", "required": ["predictions", "prediction_ids", "model_version"], "properties": {
-    "predictions": {"type": "array"}, "prediction_ids": {"type": "array", "items": {"type": "string"}}, "reasons": {"type": "array"},
-    "model_version": {"type": "string"}, "model_versions": {"type": "array", "items": {"type": "string"}}, "state": {"type": "string"}}}
+    "predictions": {"type": "array"}, "prediction_ids": {"type": "array", "items": {"type": "string"}},
+    "reasons": {"type": "array"}, "model_version": {"type": "string"}, "state": {"type": "string"},
+    "model_versions": {"type": "array", "items": {"type": "string"}}}}
 INFERRED = {"type": "object", "required": ["model_name", "model_version", "outputs"], "properties": {
-    "model_name": {"type": "string"}, "model_version": {"type": "string"}, "id": {"type": "string"}, "outputs": {"type": "array"}}}
+    **{name: {"type": "string"} for name in ("model_name", "model_version", "id")}, "outputs": {"type": "array"}}}
 
 
 def document(
@@ -99,25 +105,27 @@ def document(
     thing, name = {"type": "object"}, served.name
     asked = {"application/json": {"schema": invocation(served.columns)}, "text/csv": {"schema": {"type": "string"}}}
     tensors = {"application/json": {"schema": inference(name)}}
-    reasons = {"name": "reasons", "in": "query", "schema": {"type": "boolean"}, "description": "What each column contributed."}
+    reasons = {"name": "reasons", "in": "query", "schema": {"type": "boolean"}, "description": "With what each column added."}
     about = {"name": "X-Prediction-Key", "in": "header", "schema": {"type": "string", "maxLength": 200},
              "description": "What the rows are about: the same key is answered by the same version."}
     told = {
         "/invocations": path("Predictions for rows, as MLflow's clients ask.", SAID, body=asked, parameters=[reasons, about]),
-        f"/v2/models/{name}/infer": path("Predictions for tensors (Open Inference Protocol).", INFERRED, body=tensors, parameters=[about]),
-        f"/v2/models/{name}": path("The model's inputs and outputs.", thing), f"/v2/models/{name}/ready": path("The model can answer.", thing),
+        f"/v2/models/{name}/infer": path("Predictions for tensors.", INFERRED, body=tensors, parameters=[about]),
+        f"/v2/models/{name}": path("The model's inputs and outputs.", thing),
+        f"/v2/models/{name}/ready": path("The model can answer.", thing),
         "/v2": path("The server and its extensions.", thing), "/v2/health/live": path("The process lives.", thing),
         "/v2/health/ready": path("A model can answer.", thing), "/ping": path("The process lives.", thing),
         "/health": path("The process lives.", thing), "/ready": path("A model can answer.", thing),
         "/version": path("What answers.", thing), "/metrics": path("Counters for Prometheus.", None, "text/plain"),
         "/docs": path("This document for people.", None, "text/html"), "/openapi.json": path("This document.", thing)}
-    about_it = {"title": f"aiexec: {name}", "version": served.version or "0", "description": f"SHA-256 of the model: {served.digest}"}
+    about_it = {"title": f"aiexec: {name}", "version": served.version or "0", "description": f"SHA-256: {served.digest}"}
     if not closed:
         return {"openapi": "3.1.0", "info": about_it, "paths": told}
     for open_path in told.keys() - {"/invocations", "/metrics", f"/v2/models/{name}/infer", f"/v2/models/{name}"}:
         told[open_path]["get"]["security"] = []
     scheme = {"key": {"type": "http", "scheme": "bearer", "description": "aiexec keys add NAME --scope predict"}}
-    return {"openapi": "3.1.0", "info": about_it, "paths": told, "components": {"securitySchemes": scheme}, "security": [{"key": []}]}
+    more = {"components": {"securitySchemes": scheme}, "security": [{"key": []}]}
+    return {"openapi": "3.1.0", "info": about_it, "paths": told, **more}
 
 # %% ../../nbs/5_serve/52h_openapi.ipynb #b134300a
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1d2433}
@@ -146,9 +154,10 @@ def docs_page(served: Served, closed: bool) -> str:
                     for place, methods in told.items() for method, about in methods.items())
     columns = "".join(f"<tr><td><code>{escape(column.name)}</code><td>{column.kind}<td>{'' if column.required else 'optional'}"
                       for column in served.columns)
+    example = escape(json.dumps(example_of(served), indent=1))
     key = "<p><label>Key <input placeholder='aix_…'></label>" if closed else "<input type='hidden'>"
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(served.label)}</title><style>{STYLE}</style>
 <h1>{escape(served.label)}</h1><p>SHA-256 <code>{escape(served.digest)}</code> · <a href="openapi.json">openapi.json</a>
-<h2>Ask</h2><p>POST <code>/invocations</code>{key}<p><textarea aria-label="request">{escape(json.dumps(example_of(served), indent=1))}</textarea>
+<h2>Ask</h2><p>POST <code>/invocations</code>{key}<p><textarea aria-label="request">{example}</textarea>
 <p><button>Send</button><pre id="said"></pre><h2>Columns</h2><table>{columns}</table><h2>Paths</h2><table>{paths}</table>
 <script>{SCRIPT}</script></html>"""

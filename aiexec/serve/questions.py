@@ -44,12 +44,7 @@ class Told:
 class Answering:
     "Answers the requests that a `Batching` hands over."
 
-    def __init__(
-        self,
-        live: Live,
-        log: PredictionLog | None = None,
-        tally: Tally | None = None,
-    ):
+    def __init__(self, live: Live, log: PredictionLog | None = None, tally: Tally | None = None):
         self.live, self.log, self.tally = live, log, tally
 
     def __call__(self, asks: list[Ask]) -> None:
@@ -89,11 +84,12 @@ class Answering:
         at = 0
         for ask in asks:
             until = at + ask.what.rows.count
-            ask.told = Told(cut(said.outputs, at, until, count), said.versions[at:until], ids[at:until], cut(rows, at, until, count))
+            outputs, own = (cut(table, at, until, count) for table in (said.outputs, rows))
+            ask.told = Told(outputs, said.versions[at:until], ids[at:until], own)
             at = until
         return list(said.parts)
 
-
+# %% ../../nbs/5_serve/52g_questions.ipynb #345d5b08
 def cut(table: Any, begin: int, end: int, count: int) -> Any:
     "Some rows of a table; all of what is none."
     if end - begin == count:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BRIEF', 'CHECKS', 'FORMS', 'READERS', 'MISSING', 'WORDS', 'shown', 'parsed', 'number', 'whole', 'exactly', 'moment',
-           'checked', 'Rows', 'joined', 'framed', 'Reader', 'read_json', 'with_params', 'split', 'records', 'loose',
-           'tensors', 'by_column', 'tensor', 'read_csv', 'field']
+           'checked', 'Rows', 'joined', 'framed', 'Columns', 'Reader', 'left_out', 'read_json', 'with_params', 'split',
+           'records', 'loose', 'tensors', 'by_column', 'tensor', 'read_csv', 'field']
 
 # %% ../../nbs/5_serve/52_requests.ipynb #885c819e
 import csv
@@ -41,7 +41,8 @@ def parsed(body: bytes) -> Any:
     try:
         return orjson.loads(body)
     except ValueError as why:
-        raise DataError(f"The body is not JSON: {str(why)[:150]}.", "Numbers are finite, text is UTF-8, a missing value is null.") from None
+        problem = f"The body is not JSON: {str(why)[:150]}."
+        raise DataError(problem, "Numbers are finite, text is UTF-8, a missing value is null.") from None
 
 # %% ../../nbs/5_serve/52_requests.ipynb #9a7199d7
 def number(value: Any) -> float:
@@ -79,7 +80,7 @@ def moment(value: Any) -> pd.Timestamp:
         return pd.NaT if value is None else pd.Timestamp(value)
     raise ValueError
 
-
+# %% ../../nbs/5_serve/52_requests.ipynb #423ff3e2
 CHECKS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "double": ("a number", number), "float": ("a number", number), "boolean": ("true or false", exactly(bool)),
     "long": ("a whole number", whole(-2**63, 2**63 - 1)), "integer": ("a whole number of 32 bits", whole(-2**31, 2**31 - 1)),
@@ -129,8 +130,8 @@ def framed(values: list, columns: tuple[Column, ...]) -> pd.DataFrame:
     return pd.DataFrame(arrays, copy=False)
 
 # %% ../../nbs/5_serve/52_requests.ipynb #15ef2896
-class Reader:
-    "Reads rows for one model."
+class Columns:
+    "The columns that a model wants, as a request may name them."
 
     def __init__(self, served: Served):
         self.served, self.columns = served, served.columns
@@ -157,6 +158,10 @@ class Reader:
             raise DataError(f"{self.served.label} needs the columns {', '.join(missing)}, which are missing."[:500],
                             f"Send {len(self.required)} columns.")
         return [places.get(name, -1) for name in self.names]
+
+# %% ../../nbs/5_serve/52_requests.ipynb #bf12523e
+class Reader(Columns):
+    "Reads rows for one model."
 
     def rows(self, data: Any, given: Any = None) -> Rows:
         "Rows of values, in the order of the given columns, or of the model's; raises `DataError`."
@@ -185,9 +190,13 @@ class Reader:
 
     def turned(self, values: list[list], count: int) -> Rows:
         "Values by column, each checked; raises `DataError`."
-        values = [[None] * count if not column.required and not any(value is not None for value in found) and column.kind in DTYPES
-                  and column.kind not in ("double", "float") else checked(column, found) for column, found in zip(self.columns, values)]
+        values = [found if left_out(column, found) else checked(column, found) for column, found in zip(self.columns, values)]
         return Rows(np.array(values, dtype=np.float64).T, count) if self.matrix else Rows(values, count)
+
+
+def left_out(column: Column, values: list) -> bool:
+    "Whether a column that need not be there is not."
+    return not column.required and column.kind not in ("double", "float") and all(value is None for value in values)
 
 # %% ../../nbs/5_serve/52_requests.ipynb #81188d85
 FORMS = ("dataframe_split", "dataframe_records", "instances", "inputs")
@@ -223,12 +232,14 @@ def with_params(reader: Reader, rows: Rows, params: Any) -> Rows:
 def split(reader: Reader, told: Any) -> Rows:
     "Columns, data and maybe an index, apart from each other; raises `DataError`."
     if type(told) is not dict or "data" not in told or not told.keys() <= {"columns", "data", "index"}:
-        raise DataError("A dataframe_split has columns and data, and may have an index.", "Send what DataFrame.to_dict('split') gives.")
+        problem = "A dataframe_split has columns and data, and may have an index."
+        raise DataError(problem, "Send what DataFrame.to_dict('split') gives.")
     given, data = told.get("columns"), told["data"]
     if given is not None and type(given) is not list:
         raise DataError(f"The columns are {shown(given)}.", "Send a list of names.")
     if type(told.get("index")) is list and type(data) is list and len(told["index"]) != len(data):
-        raise DataError(f"The index has {len(told['index'])} entries for {len(data)} rows.", "Leave it out, or give each row one.")
+        problem = f"The index has {len(told['index'])} entries for {len(data)} rows."
+        raise DataError(problem, "Leave it out, or give each row one.")
     return reader.rows(data, given) if reader.columns else loose(lambda: pd.DataFrame(data, columns=given))
 
 
@@ -291,7 +302,7 @@ def by_column(reader: Reader, told: dict) -> Rows:
     reader.order(list(told))
     return reader.turned([list(told.get(name, [None] * count)) for name in reader.names], count)
 
-
+# %% ../../nbs/5_serve/52_requests.ipynb #f4814076
 def tensor(reader: Reader, told: Any) -> Rows:
     "One tensor of the type and shape that the signature says; raises `DataError`."
     kind, shape = reader.served.tensor
@@ -299,7 +310,7 @@ def tensor(reader: Reader, told: Any) -> Rows:
         made = np.array(told)
         if made.dtype.kind not in ("OSU" if kind in ("str", "object") else "b" if kind == "bool" else "iuf"):
             raise ValueError(f"its values are no {kind}")
-        made = made.astype(kind, casting="unsafe" if made.dtype.kind in "OSU" else "same_kind" if made.dtype.kind != "i" else "unsafe")
+        made = made.astype(kind, casting="same_kind" if made.dtype.kind in "uf" else "unsafe")
     except (ValueError, TypeError, OverflowError) as why:
         raise DataError(f"The input is no tensor of {kind}: {str(why)[:150]}.", f"Its shape is {shape}.") from None
     if made.ndim != len(shape) or any(wanted not in (-1, found) for wanted, found in zip(shape, made.shape)):
