@@ -35,8 +35,8 @@ from .requests import Reader, Rows, read_csv, read_json, shown
 JSON = b"application/json"
 LONG = 200_000  # bytes of a body from which another thread reads it
 CODES = {400: "BAD_REQUEST", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "ENDPOINT_NOT_FOUND",
-         405: "METHOD_NOT_ALLOWED", 408: "DEADLINE_EXCEEDED", 413: "REQUEST_LIMIT_EXCEEDED", 415: "BAD_REQUEST", 429: "RESOURCE_EXHAUSTED",
-         500: "INTERNAL_ERROR", 503: "TEMPORARILY_UNAVAILABLE"}
+         405: "METHOD_NOT_ALLOWED", 408: "DEADLINE_EXCEEDED", 413: "REQUEST_LIMIT_EXCEEDED", 415: "BAD_REQUEST",
+         429: "RESOURCE_EXHAUSTED", 500: "INTERNAL_ERROR", 503: "TEMPORARILY_UNAVAILABLE"}
 log_of_faults = logging.getLogger("aiexec.serve")
 
 # %% ../../nbs/5_serve/52j_service.ipynb #ce8d6e97
