@@ -86,8 +86,8 @@ class Tally:
     def is_key(self, name: str, other: "Tally") -> bool:
         "Whether whole numbers of two tallies only name their rows: never repeated, and counting on or called so."
         both = (self, other)
-        if any(name not in one.sample or one.sample[name].dtype.kind not in "iu" or len(one.sample) < LEAST_KEYS
-               or not one.sample[name].is_unique for one in both):
+        if len(self.sample) < LEAST_KEYS or any(name not in one.sample or one.sample[name].dtype.kind not in "iu"
+                                                or not one.sample[name].is_unique for one in both):
             return False
         return bool(KEY.search(name)) or all(one.rising.get(name) is not None for one in both)
 
