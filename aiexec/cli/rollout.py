@@ -27,8 +27,8 @@ from ..errors import ParameterError
 def canary(name, version, percent, reason, stop, errors, slower):
     """Let a new version answer some requests.
 
-    NAME is the model. A key always meets the same version. What the canary fails on, the champion answers; when it fails more often
-    or takes longer than it may, beyond chance, it is taken back by itself. Without VERSION it is told how it does.
+    NAME is the model. A key always meets the same version. What the canary fails on, the champion answers; when it fails more
+    often or takes longer than it may, beyond chance, it is taken back by itself. Without VERSION it is told how it does.
 
     \b
     aiexec canary flight_delays 4 --percent 10 --reason "trained on April"
@@ -39,8 +39,9 @@ def canary(name, version, percent, reason, stop, errors, slower):
     _, ledger = opened()
     name = model_of(name, ledger)
     given = {key: value for key, value in (("errors", errors), ("slower", slower)) if value is not None}
-    if stop and (version or percent is not None or given) or not version and not stop and (percent is not None or given or reason):
-        raise ParameterError("It is not clear what is to happen.", f"Say: aiexec canary {name} VERSION --reason …, or --stop --reason …")
+    changes = percent is not None or bool(given)
+    if stop and (version or changes) or not version and not stop and (changes or reason):
+        raise ParameterError("It is not clear what is to happen.", "Say VERSION --reason …, or --stop --reason …")
     if (version or stop) and reason is None:
         raise ParameterError("A canary begins and ends with a reason.", "Say it: --reason …")
     if stop:
@@ -75,7 +76,7 @@ def limits_of(name: str, given: dict, ledger):
         fault = why.errors()[0]
         raise ParameterError(f"--{fault['loc'][0]} is {fault['input']}.", f"{fault['msg']}.") from None
 
-
+# %% ../../nbs/9_show/98j_rollout.ipynb #6b01c44e
 def agreed(name: str, version: int, ledger):
     "Asked inside the transaction: where the risk is high, whether somebody else approved the version."
     from aiexec.errors import ApprovalError
@@ -110,8 +111,8 @@ def told(name: str, ledger) -> Answer:
     present, moves = champion(name, ledger), canary_moves(name, ledger)
     runs = moves[-1] if moves and moves[-1].running else None
     tallies = pooled(predictions_folder(name, ledger.settings) / "_canary" / f"{runs.seq}-{present}") if runs else ()
-    counted = [{"version": version, "role": role, "answers": one.answers, "errors": one.errors, "median_ms": 1000 * one.quantile(0.5),
-                "p95_ms": 1000 * one.quantile(0.95)}
+    counted = [{"version": version, "role": role, "answers": one.answers, "errors": one.errors,
+                "median_ms": 1000 * one.quantile(0.5), "p95_ms": 1000 * one.quantile(0.95)}
                for role, version, one in zip(("champion", "canary"), (present, runs and runs.version), tallies)]
     data = {"model": name, "champion": present, "canary": asdict(runs) if runs else None, "counted": counted,
             "moves": [asdict(move) for move in moves]}
@@ -119,9 +120,10 @@ def told(name: str, ledger) -> Answer:
     if runs:
         rules = runs.limits
         head = (f"{name}: version {runs.version} answers {runs.percent:g} % of the keys, version {present} the others.\n"
-                f"It is taken back when, beyond chance ({rules['confidence']:.0%}), it fails on {rules['errors']:.1%} more of the rows, or "
-                f"takes {rules['slower']:g} times as long.")
+                f"It is taken back when, beyond chance ({rules['confidence']:.0%}), it fails on {rules['errors']:.1%} more of "
+                f"the rows, or takes {rules['slower']:g} times as long.")
     shown = [{"at": move.at[:19], "version": move.version, "what": move.action, "percent": move.percent, "who": move.actor,
               "why": move.reason} for move in moves]
-    parts = [head, table(counted, "Counted by all workers") if any(row["answers"] for row in counted) else "", table(shown, "Canaries")]
+    numbers = table(counted, "Counted by all workers") if any(row["answers"] for row in counted) else ""
+    parts = [head, numbers, table(shown, "Canaries")]
     return Answer(data, "\n\n".join(part for part in parts if part))

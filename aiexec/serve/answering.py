@@ -86,7 +86,8 @@ def fitting(frame: pd.DataFrame, served: Served, cast: bool) -> np.ndarray | pd.
         try:
             frame = frame.astype({column.name: DTYPES[column.kind] for column in served.columns if column.kind in DTYPES})
         except (ValueError, TypeError) as why:
-            raise DataError(f"{served.label} needs other kinds of values: {why}.", "Send whole numbers where it needs them.") from why
+            problem = f"{served.label} needs other kinds of values: {why}."
+            raise DataError(problem, "Send whole numbers where it needs them.") from why
     return frame.to_numpy(dtype=float) if served.fast else frame
 
 # %% ../../nbs/5_serve/50h_answering.ipynb #d7a0501a
@@ -154,7 +155,7 @@ def answer(
     count(standing.trial, drawn, given, said, len(rest))
     return together(standing, given, rest, said, keys, ids)
 
-
+# %% ../../nbs/5_serve/50h_answering.ipynb #0e0c2c83
 def drawn_for(standing: Standing, keys: list, ids: list) -> np.ndarray:  # True: the canary's
     "Which rows fall to the canary."
     canary = standing.canary.served
@@ -185,7 +186,7 @@ class Tried:
     seconds: float = 0.0
     error: str = ""  # the last, if it failed on some
 
-
+# %% ../../nbs/5_serve/50h_answering.ipynb #48cd4433
 def tried(standing: Standing, rows: Any, columns: Any, places: np.ndarray, params: Any, aside: Aside | None) -> Tried:
     "Ask the canary for its rows: first together, and if that fails each by itself."
     begun = time.perf_counter()
@@ -214,7 +215,7 @@ def tried(standing: Standing, rows: Any, columns: Any, places: np.ndarray, param
         said, places = Said(taken(said.rows, fine), taken(said.outputs, fine), said.seconds, said.bad[fine]), places[fine]
     return Tried(places, said if len(places) else None, said.seconds if said else time.perf_counter() - begun, error)
 
-
+# %% ../../nbs/5_serve/50h_answering.ipynb #67f7a033
 def joined(some: list[Said]) -> Said | None:
     "What was said of rows one by one, as if it had been said at once."
     if not some:

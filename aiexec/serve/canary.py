@@ -77,7 +77,7 @@ def serve_section(name: str, settings: Settings) -> Serve:
             return usecase.serve
     return Serve()
 
-
+# %% ../../nbs/5_serve/50e_canary.ipynb #99c3521b
 def start_canary(
     name: str,  # of the model
     version: int,
@@ -98,19 +98,20 @@ def start_canary(
     if not reason.strip():
         raise RegistryError(f"A canary of {name} needs a reason.", "Say why, for whoever asks in a year.")
     if not 0 < percent < 100:
-        raise RegistryError(f"A canary cannot have {percent:g} percent.", "Say more than 0 and less than 100; to give it all, promote it.")
+        raise RegistryError(f"A canary cannot have {percent:g} percent.", "Say less than 100. To give it all, promote it.")
     if present in (None, version):
         problem = f"{name} has no champion." if present is None else f"Version {version} of {name} is the champion already."
         raise RegistryError(problem, "A canary runs beside a champion: promote one." if present is None else "Name another one.")
     if running and running.version != version:
-        raise RegistryError(f"Version {running.version} of {name} is a canary already.", f"Stop it first: aiexec canary {name} --stop.")
+        problem = f"Version {running.version} of {name} is a canary already."
+        raise RegistryError(problem, f"Stop it first: aiexec canary {name} --stop.")
     if rule is None and asks_approval(name, ledger.settings):
         raise ApprovalError(f"{name} is of high risk, so a canary of it needs another person's approval.",
                             f"Ask for one: aiexec approve {name} {version}; then aiexec canary {name} {version}.")
     return happened(name, ledger, running, rule, action="changed" if running else "started", version=version, percent=percent,
                     limits=limits.model_dump(), reason=reason, figures={})
 
-
+# %% ../../nbs/5_serve/50e_canary.ipynb #ca3075b5
 def stop_canary(
     name: str,
     *,
@@ -133,7 +134,7 @@ def stop_canary(
     return happened(name, ledger, running, None, action=action, version=running.version, percent=running.percent,
                     limits=running.limits, reason=reason, figures=figures or {})
 
-
+# %% ../../nbs/5_serve/50e_canary.ipynb #a5352a53
 def happened(name: str, ledger: Ledger, running: CanaryMove | None, rule: Callable[[Change], None] | None, **what) -> CanaryMove:
     "Record the next move; raises `StaleWrite` when another came first, and what the rule raises."
     kind = f"canary.{what['action'].replace(' ', '_')}"

@@ -43,9 +43,10 @@ class Answered:
 
 def schema_line(one: Answered, number: int) -> bytes:
     "What the lines after it need to be read."
-    return require("orjson", "serve").dumps({"number": number, "model": one.model, "version": one.version, "columns": one.columns})
+    told = {"number": number, "model": one.model, "version": one.version, "columns": one.columns}
+    return require("orjson", "serve").dumps(told)
 
-
+# %% ../../nbs/5_serve/50d_days.ipynb #1a0661cd
 def answer_line(one: Answered, number: int, at: str) -> bytes:
     "The rows with their answers."
     orjson = require("orjson", "serve")
@@ -204,7 +205,7 @@ def compact_day(day: Path) -> Path | None:  # None: there was nothing to do
         path.rename(path.with_suffix(".damaged")) if path in spoiled else path.unlink()
     return made
 
-
+# %% ../../nbs/5_serve/50d_days.ipynb #ea944c1f
 def write_part(target: Path, segments: list[Path], spoiled: list[Path]) -> bool:  # False: they hold nothing
     "Write the answers of segments as one file, a piece at a time; notes the segments with spoiled lines."
     schemas = list(schemas_in(segments))
@@ -248,13 +249,14 @@ def read_days(
     found = []
     with ExitStack() as stack:
         for day in chosen:
-            open_ones = {path.name: stack.enter_context(stream) for path in sorted(day.glob("_*.log")) if (stream := opened(path))}
+            streams = {path.name: opened(path) for path in sorted(day.glob("_*.log"))}
+            streams = {name: stack.enter_context(stream) for name, stream in streams.items() if stream}
             parts = sorted(day.glob("[!._]*.parquet"))
             stored = set().union(*map(segments_in, parts))
             found += [pq.read_table(part, partitioning=None) for part in parts]
-            found += [table for name, stream in open_ones.items() if name not in stored for table in tables(stream)]
+            found += [table for name, stream in streams.items() if name not in stored for table in tables(stream)]
     schema = agreed(table.schema for table in found)
-    frame = pa.concat_tables([fitted(table, schema) for table in found]).to_pandas() if found else schema.empty_table().to_pandas()
+    frame = pa.concat_tables([schema.empty_table(), *[fitted(table, schema) for table in found]]).to_pandas()
     frame = frame[(frame["at"] >= moment(since)) if since else slice(None)]
     frame = frame[(frame["at"] < moment(until)) if until else slice(None)]
     return frame.sort_values("at", kind="stable", ignore_index=True)

@@ -53,16 +53,11 @@ class Failure:
     pause: float  # seconds until the next try
     again: float  # when that is
 
-
+# %% ../../nbs/5_serve/50j_lookout.ipynb #03c59fdb
 class Versions:
     "The versions that are loaded."
 
-    def __init__(
-        self,
-        load: Callable[[str], Served],  # of a version
-        first: float = 1.0,  # seconds until a failed version is tried again
-        longest: float = 30.0,
-    ):
+    def __init__(self, load: Callable[[str], Served], first: float = 1.0, longest: float = 30.0):  # seconds
         self.load, self.first, self.longest, self.loads = load, first, longest, 0
         self.loaded: dict[str, Served] = {}
         self.failed: dict[str, Failure] = {}

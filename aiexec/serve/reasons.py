@@ -34,9 +34,9 @@ class Reasons:
 
     def plain(self) -> list[dict]:
         "One for each row, as plain data, the weightiest input first."
-        return [{"base": self.base, "unit": self.unit, "method": self.method,
-                 "contributions": {name: float(row[name]) for name in row.abs().sort_values(ascending=False, kind="stable").index}}
-                for _, row in self.contributions.iterrows()]
+        ordered = [row[row.abs().sort_values(ascending=False, kind="stable").index] for _, row in self.contributions.iterrows()]
+        return [{"base": self.base, "unit": self.unit, "method": self.method, "contributions": row.astype(float).to_dict()}
+                for row in ordered]
 
     def _repr_html_(self) -> str:
         return f"Base {self.base:.3f} ({escape(self.unit)}, {self.method}){self.contributions.round(3).to_html(index=False)}"
@@ -98,7 +98,7 @@ def sampled(
 # %% ../../nbs/5_serve/50b_reasons.ipynb #43ef3f61
 ROWS, TOTAL = 100, 40_000  # explained at once; scored for all of them
 
-
+# %% ../../nbs/5_serve/50b_reasons.ipynb #7609560f
 def reasons(
     served: Served,
     rows: pd.DataFrame | np.ndarray,  # a matrix in the order of the model's columns
@@ -129,7 +129,7 @@ def reasons(
     return Reasons(pd.DataFrame([one for one, _ in each], columns=names), base, unit, "sampled",
                    pd.DataFrame([error for _, error in each], columns=names))
 
-
+# %% ../../nbs/5_serve/50b_reasons.ipynb #635aef77
 def log_odds(served: Served) -> Callable | None:  # None: it has none
     "The log-odds of a linear classifier of two classes."
     last = served.model[-1] if hasattr(served.model, "steps") else served.model

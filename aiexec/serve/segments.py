@@ -46,7 +46,7 @@ def whole_lines(
 class NotLogged(AiexecError):
     "An answer that cannot be recorded must not be given."
 
-
+# %% ../../nbs/5_serve/50c_segments.ipynb #e8299b06
 class Segment:
     "A file of lines that one process appends to."
 

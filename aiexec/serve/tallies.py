@@ -147,7 +147,7 @@ def due_look(answers: int, limits: Limits) -> int:  # 1, 2, 3 …; 0: not yet
     "Which look so many answers of the canary allow."
     return 0 if answers < limits.minimum else 1 + int(math.log(answers / limits.minimum) / math.log(1.25) + 1e-9)
 
-
+# %% ../../nbs/5_serve/50f_tallies.ipynb #e4fcc1dc
 def compared(champion: Tally, canary: Tally, limits: Limits, look: int) -> Finding:
     "Whether the canary is worse than its limits allow, beyond chance."
     level = (1 - limits.confidence) / (look * (look + 1)) / 2  # half for errors, half for times
