@@ -29,7 +29,7 @@ owner: credit@example.org
 risk: high
 success: [{metric: roc_auc, at_least: 0.6}]
 value: {currency: EUR, true_positive: 1, false_positive: -1, false_negative: 0, true_negative: 0, cost_per_month: 1}
-model: {name: loans, gate: {segments: [region]}}
+model: {name: loans, gate: {segments: [region], fairness: {waived: these are loans to firms}}}
 """
 
 

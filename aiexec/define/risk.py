@@ -25,7 +25,7 @@ class Tier:
 # %% ../../nbs/1_define/13_risk.ipynb #224ca20f
 METRICS_ONLY = ("metrics",)
 GATED = METRICS_ONLY + ("gate", "model card")
-APPROVED = GATED + ("segments", "approval")
+APPROVED = GATED + ("segments", "fairness", "approval")
 TIERS = {
     tier.name: tier
     for tier in (

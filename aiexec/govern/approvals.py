@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['APPROVALS', 'TIMES', 'LONGEST', 'Approval', 'approvals', 'lasting', 'same_person', 'plain_name', 'makers', 'approve',
-           'settled', 'owner_of', 'revoke', 'used', 'against', 'standing', 'last_verdict', 'ruling', 'rule_for',
-           'go_live']
+           'settled', 'owner_of', 'revoke', 'used', 'against', 'standing', 'last_verdict', 'verdicts_with', 'ruling',
+           'rule_for', 'go_live']
 
 # %% ../../nbs/8_govern/80_people.ipynb #31cbfe06
 import re
@@ -18,7 +18,8 @@ from typing import Any
 from ..define.risk import Ruling, may_promote
 from ..define.usecase import UseCase, list_usecases
 from ..errors import ApprovalError, ParameterError
-from ..model.gates import GATES
+from ..model.gates import GATES, gravest
+from ..model.gates import standing as newest_gate
 from ..model.registry import ALIASES, ANY, Move, Rule, find_version, promote
 from ..monitor.retrain import proposals, settle
 from ..run.records import RUNS
@@ -210,6 +211,14 @@ def last_verdict(record: dict, place: Ledger | Change, metric: str = "") -> dict
     return max(rows, key=lambda row: row["at"], default=None)
 
 
+def verdicts_with(verdict: dict | None, place: Ledger | Change) -> list[dict]:  # rows of GATES
+    "All verdicts of the gate that a verdict belongs to: it passes only if each of them does."
+    if verdict is None:
+        return []
+    rows = place.rows(GATES, model=verdict["model"], version=verdict["version"], digest=verdict["digest"])
+    return newest_gate([*sorted(rows, key=lambda row: row["at"]), verdict])
+
+
 def ruling(
     record: dict,  # of the version
     usecase: UseCase | None,  # that the model belongs to
@@ -222,10 +231,14 @@ def ruling(
         return ruled, {"rule": ruled.why}
     verdict = last_verdict(record, place, usecase.gate_metric)
     agreed, _ = standing(record, place, promoter)
-    present = ["model card", *(["metrics"] if record["metrics"] else []), *(["segments"] if usecase.model.gate.segments else [])]
-    found = may_promote(usecase.risk, present, gate=verdict["outcome"] if verdict else "", proposed_by=promoter,
+    judged = verdicts_with(verdict, place)
+    outcome, rule = gravest(one["outcome"] for one in judged), usecase.model.gate
+    fair = rule.fairness and (rule.fairness.waived or any(one["metric"] == "fairness" for one in judged))
+    present = ["model card", *(["metrics"] if record["metrics"] else []), *(["segments"] if rule.segments else []),
+               *(["fairness"] if fair else [])]
+    found = may_promote(usecase.risk, present, gate=outcome if verdict else "", proposed_by=promoter,
                         approved_by=agreed.actor if agreed else "")
-    told = {"gate": {key: verdict[key] for key in ("evidence", "outcome", "why", "window")}} if verdict else {}
+    told = {"gate": {key: verdict[key] for key in ("evidence", "why", "window")} | {"outcome": outcome}} if verdict else {}
     told |= {"approval": {key: asdict(agreed)[key] for key in ("seq", "actor", "at", "reason", "digest")}} if agreed else {}
     return found, {"rule": found.why, **told}
 
