@@ -12,7 +12,8 @@ from html import escape
 
 from ..errors import ParameterError
 from .approvals import approvals
-from ..model.gates import GATES
+from ..model.gates import GATES, gravest
+from ..model.gates import standing as newest_gate
 from ..model.registry import Move, find_version, history, last_move
 from ..run.periods import period_or_none
 from ..store import Ledger
@@ -85,15 +86,18 @@ def in_use(name: str, ledger: Ledger, at: str) -> InUse:  # at: as people write 
     return InUse(name, written(moment), clock, move, gate, approval, record["digest"], record["run"])
 
 # %% ../../nbs/8_govern/80a_timeline.ipynb #03383c02
-def gate_of(move: Move, ledger: Ledger) -> dict | None:  # a row of GATES
+def gate_of(move: Move, ledger: Ledger) -> dict | None:  # a row of GATES, with the outcome and reasons of the whole gate
     "The verdict that a move rests on."
     rows = [row for row in ledger.rows(GATES, order="at", model=move.model, version=move.version) if row["at"] <= move.at]
     named = move.evidence.get("gate")
     if isinstance(named, dict):
-        rows = [row for row in rows if row["evidence"] == named.get("evidence")]
+        rows.sort(key=lambda row: row["evidence"] == named.get("evidence"))  # what is named comes last
     elif move.evidence.get("window"):
         rows = [row for row in rows if row["window"] == move.evidence["window"]] or rows
-    return rows[-1] if rows and "rollback" not in move.evidence else None
+    if not rows or "rollback" in move.evidence:
+        return None
+    whole = newest_gate(rows)
+    return {**rows[-1], "outcome": gravest(row["outcome"] for row in whole), "why": " ".join(row["why"] for row in whole)}
 
 
 def approval_of(move: Move, ledger: Ledger) -> dict | None:
