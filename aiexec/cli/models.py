@@ -175,8 +175,8 @@ def webhooks():
     """Tell other systems what happens to models.
 
     Messages are signed (standardwebhooks.com) and sent until they are taken, in their order, each under one id. Events:
-    model.registered, alias.moved, gate.passed, gate.failed, gate.judged, approval.given, approval.rejected,
-    approval.revoked; patterns such as gate.* too.
+    model.registered, alias.moved, gate.passed, gate.failed, gate.undecided, approval.given, approval.rejected,
+    approval.revoked, canary.started, canary.rolled_back; patterns such as gate.* too.
 
     \b
     aiexec webhooks add https://hooks.example.org/ml --event alias.moved --event "gate.*"
