@@ -127,10 +127,11 @@ def worked(work, ledger, junit: str | None, html: str | None) -> Answer:  # work
 
 
 def tell_webhooks(ledger) -> None:
-    "Tell other systems what a run has done, as far as that is quick; what has to wait is said."
+    "Tell other systems what a run has done, and people of alerts, as far as that is quick; what has to wait is said."
     from aiexec.model.webhooks import after_verb
+    from aiexec.monitor.telling import after_verb as tell_people
 
-    for problem in after_verb(ledger):
+    for problem in [*after_verb(ledger), *tell_people(ledger)]:
         click.echo(problem, err=True)
 
 # %% ../../nbs/9_show/98a_running.ipynb #c06f7549

@@ -139,9 +139,8 @@ def open_alert(
         if alert["closed"] <= window <= shift(alert["closed"], reopens):
             again = {**facts, "closed": None, "status": "open", "extent": extent, "taken_by": "", "reason": ""}
             return move(ledger, alert, "reopened", window, sentence, again, "reopened")
-    name = f"{cause}@{window}"
-    return first_opened(ledger, {"usecase": usecase, "alert": name, "cause": cause, "opened": window, "owner": owner, "extent": extent,
-                                 **facts})
+    given = {"usecase": usecase, "alert": f"{cause}@{window}", "cause": cause, "opened": window, "owner": owner, "extent": extent}
+    return first_opened(ledger, {**given, **facts})
 
 
 def first_opened(ledger: Ledger, given: dict) -> dict:
