@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DATATYPES', 'NAMES', 'OF_COLUMN', 'LENGTH', 'listed', 'sized', 'from_json', 'from_bytes', 'texts', 'Inference',
-           'read_inference', 'binary_wanted', 'taken', 'read_tensors', 'whole_table', 'values', 'outputs_of',
-           'write_inference', 'as_bytes', 'model_metadata']
+           'read_inference', 'wanted_of', 'binary_wanted', 'taken', 'read_tensors', 'whole_table', 'values',
+           'outputs_of', 'write_inference', 'as_bytes', 'model_metadata']
 
 # %% ../../nbs/5_serve/52a_inference.ipynb #6e5789a8
 import math
@@ -95,7 +95,7 @@ class Inference:
 
     rows: Rows
     id: str  # the client's own, given back
-    wanted: dict[str, bool] | None  # outputs by name, and whether in bytes; None: all
+    wanted: dict[str, bool | None] | None  # outputs by name, and whether in bytes; None: all
     binary: bool  # outputs in bytes unless an output says otherwise
 
 
@@ -116,10 +116,16 @@ def read_inference(
         problem = "The id or the parameters of the request are of another kind."
         raise DataError(problem, "An id is a text, parameters are an object.")
     given = taken(listed(told["inputs"], "inputs"), memoryview(body)[header:] if header is not None else b"")
-    wanted = None
-    if told.get("outputs"):
-        wanted = {one["name"]: binary_wanted(one) for one in listed(told["outputs"], "outputs")}
+    wanted = wanted_of(reader.served, listed(told["outputs"], "outputs")) if told.get("outputs") else None
     return Inference(read_tensors(reader, given), identity, wanted, settings.get("binary_data_output") is True)
+
+
+def wanted_of(served: Served, told: list[dict]) -> dict[str, bool | None]:
+    "The outputs that are asked for, by name, and whether in bytes; raises `DataError` before anything is scored."
+    names = [one.name for one in served.outputs] or ["output-0"]
+    if strange := [one["name"] for one in told if one["name"] not in names]:
+        raise DataError(f"{served.label} has no output {shown(strange[0])}.", did_you_mean(strange[0][:100], names))
+    return {one["name"]: binary_wanted(one) for one in told}
 
 
 def binary_wanted(told: dict) -> bool | None:
@@ -196,11 +202,9 @@ def write_inference(
     version: str,
     ids: list[str],  # of the predictions
 ) -> tuple[bytes, int | None]:  # the body; the length of its JSON, when bytes follow
-    "The answer; raises `DataError` when an output is asked for that there is none of."
+    "The answer."
     found, raw, told = outputs_of(served, said), [], []
-    for name in asked.wanted or found:
-        if name not in found:
-            raise DataError(f"{served.label} has no output {shown(name)}.", did_you_mean(name[:100], found))
+    for name in [name for name in asked.wanted if name in found] if asked.wanted else found:
         tensor = found[name]
         binary = asked.wanted.get(name) if asked.wanted else None
         kind = NAMES.get(tensor.dtype, "BYTES")

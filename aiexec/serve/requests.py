@@ -146,9 +146,8 @@ class Columns:
         "Where the model's columns stand among the given ones; raises `DataError`."
         if given == self.names:
             return None
-        odd = next((name for name in given if not isinstance(name, str)), None)
-        if odd is not None:
-            raise DataError(f"{shown(odd)} is no name of a column.", "Names are text.")
+        if odd := [name for name in given if not isinstance(name, str)]:
+            raise DataError(f"{shown(odd[0])} is no name of a column.", "Names are text.")
         places = {name: place for place, name in enumerate(given)}
         if len(places) < len(given):
             raise DataError("A column stands twice.", "Send each once.")

@@ -10,6 +10,7 @@ __all__ = ['ENDINGS', 'HEADERS', 'BUSY', 'LATE', 'Plan', 'open_live', 'bounded',
 import asyncio
 import gc
 import json
+import logging
 import os
 import select
 import signal
@@ -158,6 +159,7 @@ def run_worker(
         await server.serve(sockets=[listener])
 
     limits = service.limits
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # whoever sends no HTTP must not fill the log
     config = uvicorn.Config(service, http=bounded(limits), ws="none", lifespan="on", log_config=None, access_log=False,
                             server_header=False, proxy_headers=False, timeout_keep_alive=60,
                             timeout_graceful_shutdown=int(limits.time) + 5)

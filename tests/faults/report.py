@@ -15,7 +15,7 @@ def line(family: Family, rows: list[dict]) -> str:
     struck = [row for row in rows if row["struck"]]
     left = set(family.full()) - {row["number"] for row in rows}
     bad = [row["number"] for row in rows if not row["ok"]]
-    figures = [f"{sum(row['facts'].get(word, 0) for row in rows):,} {word}" for word in ("kills", "starts", "kernels", "edits")
+    figures = [f"{sum(row['facts'].get(word, 0) for row in rows):,} {word}" for word in ("kills", "starts", "kernels", "edits", "requests")
                if any(word in row["facts"] for row in rows)]
     seeds = ", ".join(sorted({str(row["seed"]) for row in rows}))
     many = "; ".join([f"{len(struck):,}", *figures, *([f"{len(left):,} not tried"] if left else [])])
