@@ -58,7 +58,7 @@ def other_variable(
     "The first variable that is read only at a start and differs, or the empty text."
     if encoding(theirs) != encoding(ours):
         return "LC_CTYPE"
-    theirs, ours = ({name: value for name, value in one.items() if (name, value) not in SET_BY_LIBRARIES} for one in (theirs, ours))
+    theirs, ours = (dict(set(one.items()) - SET_BY_LIBRARIES) for one in (theirs, ours))
     names = sorted(name for name in {*theirs, *ours} if name.startswith(READ_AT_START) and name not in SET)
     # scikit-learn sets some when it is imported, here as there
     same = {name for name in names if name not in ours and theirs[name] == os.environ.get(name)}
