@@ -192,7 +192,7 @@ def unproven(what: str, done: subprocess.CompletedProcess) -> None:
     warnings.warn(f"The image was not built and run here, since {what}: {' / '.join(said)}")
 
 
-def test_an_image_is_built_run_and_asked(project, folder, capsys):
+def test_an_image_is_built_run_and_asked(project, folder, tmp_path, capsys):
     probed = proof("probe")
     if probed.returncode and "is not installed" in probed.stdout:
         pytest.skip(f"{probed.stdout.strip()} (Debian: apt-get install buildah podman runc debootstrap)")
@@ -210,15 +210,15 @@ def test_an_image_is_built_run_and_asked(project, folder, capsys):
         return unproven("packages cannot be had within the build", built)
     assert built.returncode == 0, built.stderr
     port = free_port()
-    process = subprocess.Popen([PROOF, "run", tag, str(port)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen([PROOF, "run", tag, str(port)], stdin=subprocess.PIPE, stdout=log, stderr=log)
     try:
         ready = until_ready(process, f"http://127.0.0.1:{port}")
         assert (ready["model"], ready["model_version"]) == ("flight_delays", "2")
         answers_as_the_library(f"http://127.0.0.1:{port}", project)
     finally:
         process.stdin.close()
-        told = process.stderr.read().decode()
-        assert process.wait(60) == 0, told
+        assert process.wait(120) == 0, (tmp_path / "log").read_text()
         proof("drop", tag)
     with capsys.disabled():
         print(f"\nimage: {int(built.stdout.split()[-1]) / 1e6:,.0f} MB")
