@@ -120,7 +120,7 @@ def heard(settings: Settings) -> str:
     known = [channel(text, ledger) for text in settings.alert_channels.split()]
     for one in known:
         address_of(one, ledger)
-    return f"told to {', '.join(one.name for one in known)}" if known else "told to nobody: write alert_channels into settings.ini"
+    return f"told to {', '.join(one.name for one in known)}" if known else "nobody is told: write alert_channels in settings.ini"
 
 
 def kernel(settings: Settings) -> str:
