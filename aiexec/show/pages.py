@@ -22,6 +22,7 @@ from ..govern.portfolio import board_row, portfolio
 from ..govern.roi import VALUES, roi
 from ..monitor.alerts import ALERTS
 from ..monitor.retrain import PROPOSALS
+from ..monitor.standing import standing as stands
 from ..monitor.watch import MEASUREMENTS
 from ..run.records import RUNS
 from ..settings import Settings
@@ -174,7 +175,7 @@ def facts(usecase: UseCase, ledger: Ledger) -> dict:
     worst = sorted(drift, key=lambda name: max(value for value in drift[name] if known(value)), reverse=True)
     return {"months": months, "windows": windows, "marks": marks, "drift": {name: drift[name] for name in worst[:COLUMNS]},
             "columns": len(drift), "alerts": ledger.rows(ALERTS, order="-opened", **mine),
-            "proposals": ledger.rows(PROPOSALS, order="-window", **mine),
+            "proposals": ledger.rows(PROPOSALS, order="-window", **mine), "standing": stands(usecase, ledger),
             "runs": ledger.rows(RUNS, order="-started", **mine),
             "worth": roi(usecase, ledger), "champions": champions(months)}
 
@@ -218,6 +219,8 @@ def headline(usecase: UseCase, row: dict, found: dict) -> tuple[str, str, str]: 
         return level, f"{word} since {since}.", " ".join(alert["sentence"] for alert in standing[:3])
     if level == "alarm" or row["blocker"]:
         return level, f"{word}.", row["blocker"]
+    if found["standing"].verdict == "act":  # measured and judged, but no alert was opened: aiexec monitor says the same
+        return "alarm", f"Needs attention since {found['standing'].window}.", " ".join(found["standing"].reasons[:3])
     if not told:
         return "quiet", "Too early to tell.", f"No outcomes are known yet: they come {usecase.monitor.label_delay} later."
     missed = misses(usecase, found["marks"], told[-1])
