@@ -151,7 +151,7 @@ def analyses(verdicts: list[dict], found: dict[str, dict]) -> tuple:
     if "importance" in found:
         body = found["importance"]["body"]
         parts.append([["feature", f"{body['metric']} lost without it"],
-                      *[[one["feature"], f"{one['loss']:.4f}"] for one in body["features"]]])
+                      *[[one["feature"], f"{one['loss']:.4f}"] for one in body["features"][:10]]])
     return tuple(parts)
 
 # %% ../../nbs/4_model/43_cards.ipynb #15e40a3b

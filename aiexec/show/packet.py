@@ -174,7 +174,8 @@ def told_part(part: list | str) -> Html:
     "A sentence of a card, or a table."
     if not isinstance(part, list):
         return tag("p", part)
-    return tag("div", table(part[0], part[1:], "Nothing is on record."), class_="scroll" if any(part[0]) else "scroll pairs")
+    nothing = f"Nothing is on record: {', '.join(part[0])}."
+    return tag("div", table(part[0], part[1:], nothing), class_="scroll" if any(part[0]) else "scroll pairs")
 
 # %% ../../nbs/9_show/96c_packet.ipynb #d19c04b1
 STYLE = """
@@ -191,7 +192,7 @@ STYLE = """
 @media(max-width:560px){.ax.packet{padding:20px 14px 48px} .ax.packet h1{font-size:23px} .ax.packet .card{padding:10px 12px}
  .ax.packet .cards{grid-template-columns:1fr 1fr;gap:10px} .ax.packet .card .figure{font-size:19px}
  .ax.packet .chart{padding:12px 10px 8px} .ax.packet section td,.ax.packet section td:last-child{min-width:0;padding-right:8px}
- .ax.packet section td:first-child{min-width:72px}
+ .ax.packet section td:first-child{min-width:72px} .ax.packet .scroll td:first-child{max-width:45vw}
  .ax.packet .typed tr,.ax.packet .typed td{display:block;border:0;padding:2px 0}}
 """
 
