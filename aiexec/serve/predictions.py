@@ -23,7 +23,7 @@ import pandas as pd
 from ..errors import ParameterError
 from .canary import serve_section
 from .days import Answered, answer_line, day_of, days_of, read_days, schema_line
-from .segments import NotLogged, Segment
+from .segments import NotLogged, Segment, is_finished
 from ..settings import Settings
 from ..store import chain_key, now
 
@@ -70,7 +70,8 @@ class Tidying:
             self.process = None
         minute, self.looked = self.looked, now()[:16]
         if minute != self.looked and not self.process:
-            if any(any(day.glob("_*.log")) for day in days_of(self.folder) if day_of(day) < today):
+            over = (path for day in days_of(self.folder) if day_of(day) < today for path in day.glob("_*.log"))
+            if any(map(is_finished, over)):
                 self.process = compact_aside(self.folder)
 
     def close(self) -> None:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'SLACK', 'Tally', 'keep_tallies', 'pooled', 'errors_by_chance', 'slower_by_chance', 'later', 'Finding',
-           'due_look', 'compared', 'rounded']
+           'due_look', 'compared', 'surely', 'rounded']
 
 # %% ../../nbs/5_serve/50f_tallies.ipynb #080c4dd8
 import json
@@ -161,11 +161,16 @@ def compared(champion: Tally, canary: Tally, limits: Limits, look: int) -> Findi
         return Finding(False, f"The champion gave {champion.answers} answers only: cannot tell.", figures)
     if rates[1] - rates[0] > limits.errors and tests["errors_p"] < level:
         return Finding(True, f"It failed on {canary.errors} of {canary.answers:,} answers, the champion on {champion.errors} of "
-                             f"{champion.answers:,} (p = {tests['errors_p']:.1g}).", figures)
+                             f"{champion.answers:,} ({surely(tests['errors_p'])}).", figures)
     if tests["slower_p"] < level:
         return Finding(True, f"Its median time is {1000 * medians[1]:.1f} ms against {1000 * medians[0]:.1f} ms of the champion, "
-                             f"more than {limits.slower:g} times (p = {tests['slower_p']:.1g}).", figures)
+                             f"more than {limits.slower:g} times ({surely(tests['slower_p'])}).", figures)
     return Finding(False, f"{canary.answers:,} answers, and no limit is breached.", figures)
+
+
+def surely(p: float) -> str:
+    "A probability for a reader."
+    return f"p = {p:.1g}" if p >= 1e-9 else "p < 1e-9"
 
 
 def rounded(seconds: float) -> float | None:
