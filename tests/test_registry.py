@@ -482,3 +482,17 @@ def test_a_version_knows_the_notebook_and_the_data_of_its_run(project, monkeypat
     told = json.loads((settings.home / row["source"] / "aiexec.json").read_text())
     assert (told["run"], told["made_by"]) == ("r1", row["made_by"])
     assert "which notebook made it is not on record" in registry.unsaid(find_version(MODEL, 1, ledger))[0]
+
+
+def test_a_project_leaves_alone_what_another_stored_in_the_same_mlflow(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    url = f"sqlite:///{tmp_path}/shared.db"
+    one, two = (replace(new_project(tmp_path / name), tracking=url) for name in ("one", "two"))
+    assert children(killed, [(one, REGISTERING["when there is a version"], simple_models, 1)]) == [-signal.SIGKILL]
+    assert mend(MODEL, two) == Mended() and versions(MODEL, open_ledger(two)) == []
+    assert look("registry", examination, two).ok
+    simple_models(two, 1)
+    assert [row["version"] for row in versions(MODEL, open_ledger(two))] == [2]
+    assert len(mend(MODEL, one).done) == 1
+    assert [row["version"] for row in versions(MODEL, open_ledger(one))] == [1]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERSIONS', 'ALIASES', 'ANY', 'ANSWERING', 'Rule', 'register', 'registering', 'record_version', 'acting', 'made_by',
-           'unsaid', 'orphan', 'upload', 'columns_of', 'entitle', 'versions', 'Move', 'history', 'last_move',
+           'unsaid', 'marked', 'orphan', 'upload', 'columns_of', 'entitle', 'versions', 'Move', 'history', 'last_move',
            'champion', 'find_version', 'promote', 'asks_approval', 'move_alias', 'already', 'next_move', 'show_aliases',
            'rollback']
 
@@ -71,7 +71,7 @@ def register(
         client = tracking_client(ledger.settings)
         facts |= {"at": now(), "actor": current_actor(ledger.settings)}
         with usable(client.tracking_uri):
-            stored = orphan(client, name, origin) or upload(client, name, model, example, facts, ledger.settings)
+            stored = orphan(client, name, marked(origin, ledger)) or upload(client, name, model, example, facts, ledger)
         return record_version(ledger, stored, facts)
 
 # %% ../../nbs/4_model/41_registry.ipynb #d2808e6f
@@ -116,9 +116,14 @@ def unsaid(record: dict) -> list[str]:  # a sentence each
         ("names no digest of the data that it was trained on.", record["data"])) if not known]
 
 
-def orphan(client: "MlflowClient", name: str, origin: dict) -> "ModelVersion | None":
+def marked(origin: dict, ledger: Ledger) -> dict[str, str]:
+    "The tags by which what was stored is found again; several projects may share one MLflow, so they name the ledger."
+    whose = {"ledger": digest_of(["ledger", ledger.key.hex()])[:16]}
+    return {f"aiexec.{key}": value for key, value in (origin | whose).items() if key in ("content", "run", "step", "ledger")}
+
+
+def orphan(client: "MlflowClient", name: str, tags: dict[str, str]) -> "ModelVersion | None":
     "A version that the same step stored just before it crashed."
-    tags = {f"aiexec.{key}": value for key, value in origin.items()}
     found = client.search_model_versions(f"name='{name}'")
     return next((one for one in found if tags.items() <= one.tags.items() and "aiexec.abandoned" not in one.tags), None)
 
@@ -129,17 +134,17 @@ def upload(
     model: Any,
     example: pd.DataFrame,
     facts: dict[str, Any],  # of its record
-    settings: Settings,
+    ledger: Ledger,
 ) -> "ModelVersion":
     "Store a model in MLflow: in the run of the step that made it, or in one of its own."
     from mlflow.models import Model
 
     tracked = os.environ.get("MLFLOW_RUN_ID")
     if not tracked:
-        place = experiment(client, name, settings)
+        place = experiment(client, name, ledger.settings)
         tracked = client.create_run(place, tags={"mlflow.runName": f"register {name}"}).info.run_id
         client.set_terminated(tracked)
-    tags = {f"aiexec.{key}": facts[key] for key in ("content", "run", "step")} | {"aiexec.machine": machine()}
+    tags = marked(facts, ledger) | {"aiexec.machine": machine()}
     logged = client.create_logged_model(client.get_run(tracked).info.experiment_id, name, tracked, tags)
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "model"
