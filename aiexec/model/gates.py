@@ -240,7 +240,7 @@ def on_lines(
     why = f"There is no champion; on {rows:,} labelled rows: {met}."
     return Verdict(outcome, usecase.gate_metric, **untold, rows=rows, checks=pd.DataFrame(checks, columns=CHECK), why=why)
 
-
+# %% ../../nbs/4_model/42_gates.ipynb #08345221
 def on_limits(metric: str, checks: list[dict], rows: int, confidence: float = nan) -> Verdict:
     "Judge by limits that each stand for themselves: what is not measured cannot be told."
     frame = pd.DataFrame(checks).reindex(columns=CHECK)
@@ -261,7 +261,7 @@ def figure_of(check: dict) -> str:
     value, low, high = (check[key] for key in ("challenger", "low", "high"))
     return "not measured" if value != value else f"{value:.3g}" + (f", {low:.3g} to {high:.3g}" if low == low else "")
 
-
+# %% ../../nbs/4_model/42_gates.ipynb #2c457d68
 def bounded(
     low: float,  # interval of what was found
     high: float,

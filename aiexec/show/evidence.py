@@ -50,7 +50,7 @@ def unsigned(text: str) -> str:
     "A figure without a sign that rounding has left behind."
     return text.lstrip("−") if not text.strip("−0.") else text
 
-
+# %% ../../nbs/9_show/96b_evidence.ipynb #6319b9b2
 def subject(metric: str, currency: str) -> str:
     "What a verdict is about."
     names = {"calibration": "Calibration", "fairness": "Fairness", "limits": "Limits"}
