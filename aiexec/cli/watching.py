@@ -155,5 +155,5 @@ def performance_text(windows: list, data: dict) -> str:
     right = [f"Estimates of {name} were right for {one['within']:.0%} of {one['windows']} windows, off by {one['off']:.3f}."
              for name, one in data["record"].items() if one["windows"] > 1]
     strangers = f"{data['strangers']:,} labels belong to predictions that were never made." if data["strangers"] else ""
-    return "\n\n".join(part for part in (f"Verdict: {data['verdict']}", table(rows, "Windows"), "\n".join(found), "\n".join(right), strangers)
-                       if part)
+    parts = f"Verdict: {data['verdict']}", table(rows, "Windows"), "\n".join(found), "\n".join(right), strangers
+    return "\n\n".join(part for part in parts if part)

@@ -275,11 +275,12 @@ def readable(tables: list[pd.DataFrame], target: str, score: str, positive: str)
     classes = np.unique(labels[np.isfinite(labels)])
     if kind == "regression" and len(classes) == 2 and (chances or classes.tolist() == [-1, 1]):
         labels, kind = np.where(np.isnan(labels), np.nan, labels == classes[1]), "classification"
-    if kind == "classification" and not chances and len(within) and within.min() >= 0 and within.max() <= 100 and within.max() > 1:
+    if kind == "classification" and not chances and len(within) and within.min() >= 0 and within.max() <= 100:
         scores, chances = scores / 100, True  # percentages
     ends = np.cumsum([len(table) for table in tables])[:-1]
     parts = zip(tables, np.split(labels, ends), np.split(scores, ends))
-    return [table.assign(**{target: truth, score: said}) for table, truth, said in parts], kind, chances
+    tables = [table.assign(**{target: truth, score: said}) for table, truth, said in parts]
+    return tables, kind, chances
 
 # %% ../../nbs/6_monitor/62b_scored.ipynb #45e1a76a
 def performance_of(
