@@ -289,9 +289,9 @@ def serve(
                 if told is None:
                     lost(workers, worker)
                 elif "ready" not in told:
-                    workers.tell(f"Worker {worker.number}: {told['problem']} {told['remedy']}")
                     if not workers.served:
                         raise AiexecError(told["problem"], told["remedy"])
+                    workers.tell(f"Worker {worker.number}: {told['problem']} {told['remedy']}")
                 else:
                     first, worker.ready = not workers.served, True
                     workers.served.add(worker.number)
