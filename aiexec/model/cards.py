@@ -125,7 +125,8 @@ def evaluation(found: dict[str, dict]) -> tuple:
         return ("On which rows it was measured is not on record.",)
     row, body = found["evaluation"], found["evaluation"]["body"]
     grouped = f" of {body['groups']:,} {body['unit']}s" if body["groups"] < body["rows"] else ""
-    size = f"{row['window']}: {body['rows']:,} rows{grouped}, {body['labelled']:,} of them labelled; {body['rate']:.1%} were so."
+    share = "" if body["rate"] is None else f"; {body['rate']:.1%} were so"
+    size = f"{row['window']}: {body['rows']:,} rows{grouped}, {body['labelled']:,} of them labelled{share}."
     data = [[key, f"{sha[:12]}…"] for key, sha in body["data"].items()]
     return (size, *filter(None, [body["note"]]), [["dataset", "digest"], *data])
 

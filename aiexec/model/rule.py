@@ -34,13 +34,15 @@ def seen_on(
     note: str = "",  # what else a reader has to know
 ) -> dict[str, dict[str, Any]]:  # evaluation, calibration and importance, for `record_findings`
     "What hold-out rows show of a model; raises `DataError`."
-    found, one = calibrated(labels, scores, groups), metric(metric_name)
-    lost = importance(score, features, labels, metric_name if one.needs in ("score", "number") else "roc_auc")
-    evaluation = {"rows": len(features), "labelled": found.rows, "rate": found.came, "data": data or {}, "note": note,
+    needs = metric(metric_name).needs
+    named = metric_name if needs in ("score", "number") else "roc_auc"
+    found = None if needs == "number" else calibrated(labels, scores, groups)  # numbers are no probabilities
+    known = int(pd.notna(pd.Series(labels)).sum())
+    evaluation = {"rows": len(features), "labelled": known, "rate": found and found.came, "data": data or {}, "note": note,
                   "groups": int(groups_of(groups, len(features)).max()) + 1, "unit": str(getattr(groups, "name", None) or "row")}
-    named = metric_name if one.needs in ("score", "number") else "roc_auc"
-    return {"evaluation": evaluation, "calibration": found.body(),
-            "importance": {"metric": named, "rows": min(found.rows, 5000), "features": lost.to_dict("records"), "note": note}}
+    lost = importance(score, features, labels, named)
+    shown = {"metric": named, "rows": min(known, 5000), "features": lost.to_dict("records"), "note": note}
+    return {"evaluation": evaluation, **({"calibration": found.body()} if found else {}), "importance": shown}
 
 # %% ../../nbs/4_model/42f_rule.ipynb #fc3f8aad
 def judge_rest(
