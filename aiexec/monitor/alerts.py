@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALERTS', 'NOTICES', 'SAID', 'alerts', 'entry', 'muted', 'channels_of', 'worded', 'notify', 'find', 'move',
-           'open_alert', 'first_opened', 'said_anew', 'last_window', 'worse', 'close_alert', 'follow']
+           'open_alert', 'first_opened', 'said_anew', 'last_window', 'soon_after', 'worse', 'close_alert', 'follow']
 
 # %% ../../nbs/6_monitor/64_alerts.ipynb #c266b49e
 from ..define.usecase import UseCase, load_usecase, names
@@ -136,7 +136,7 @@ def open_alert(
             return move(ledger, alert, "changed", window, sentence, {**facts, **grown}, worse(alert, severity, extent))
         if alert["opened"] <= window < alert["closed"] or (window == alert["closed"] and alert["reason"]):
             return alert
-        if alert["closed"] <= window <= shift(alert["closed"], reopens):
+        if soon_after(alert["closed"], window, reopens):
             again = {**facts, "closed": None, "status": "open", "extent": extent, "taken_by": "", "reason": ""}
             return move(ledger, alert, "reopened", window, sentence, again, "reopened")
     given = {"usecase": usecase, "alert": f"{cause}@{window}", "cause": cause, "opened": window, "owner": owner, "extent": extent}
@@ -166,6 +166,14 @@ def said_anew(alert: dict, window: str, sentence: str, severity: str) -> bool:
 def last_window(alert: dict) -> str:
     "The last window that anything was said of."
     return max(line["window"] for line in alert["history"])
+
+
+def soon_after(closed: str, window: str, months: int) -> bool:
+    "Whether a window lies within some months of an end; windows that are no months never do."
+    try:
+        return closed <= window <= shift(closed, months)
+    except ParameterError:
+        return False
 
 
 def worse(alert: dict, severity: str, extent: float) -> str:

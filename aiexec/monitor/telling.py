@@ -42,9 +42,11 @@ class Told:
 
 def due(ledger: Ledger) -> dict[str, tuple[Channel, list[dict]]]:  # by channel's name: the notices it has not got, oldest first
     "What each channel is still to be told."
-    have = {(row["notice"], row["channel"]) for row in ledger.rows(DELIVERIES) if row["delivered"]}
     found: dict[str, tuple[Channel, list[dict]]] = {}
-    for notice in ledger.rows(NOTICES, order="at", status="waiting"):
+    notices = ledger.rows(NOTICES, order="at", status="waiting")
+    tried = ledger.rows(DELIVERIES, notice=[notice["notice"] for notice in notices]) if notices else []
+    have = {(row["notice"], row["channel"]) for row in tried if row["delivered"]}
+    for notice in notices:
         for text in channels_of(notice["usecase"], ledger.settings):
             one = channel(text, ledger)
             if (notice["notice"], one.name) not in have:
