@@ -287,3 +287,18 @@ def test_the_command_as_a_process_with_its_exit_code(tmp_path):
     assert aiexec("drift", "a.csv", "a.csv", "--fail-on", "act", cwd=tmp_path).returncode == 0
     done = aiexec("drift", "a.csv", "b.csv", "--fail-on", "act", cwd=tmp_path)
     assert done.returncode == 1 and done.stdout.startswith("Verdict: act") and "age" in done.stdout and not done.stderr
+
+
+# --- how quiet, and how sharp
+
+
+def test_unchanged_windows_are_quiet_and_a_drift_of_a_quarter_is_found(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from drift_simulation import simulated
+
+    quiet = simulated("unchanged", 60, jointly=False)
+    assert quiet["act"] + quiet["watch"] <= 0.01 < 0.5 < quiet["naive"], quiet
+    for scenario in ("PSI 0.25 in a number", "PSI 0.25 in a category"):
+        found = simulated(scenario, 20, jointly=False)
+        assert found["found"] >= 0.95 and found["act"] >= 0.85 and found["other column"] <= 0.05, found
+    assert simulated("unchanged", 2)["act"] == 0, "all columns together too"

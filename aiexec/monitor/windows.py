@@ -175,6 +175,7 @@ def compare(
     watch: float = 0.1,  # population stability index from which a column is watched …
     act: float = 0.25,  # … and from which something must be done
     spread: dict[str, float] | None = None,  # how far the reference's own chunks lie apart: raises the bands
+    jointly: bool = True,  # whether to look at all columns together too, which takes most of the time of a small table
 ) -> Window:
     "Hold rows that were counted against a baseline."
     before, after, spread = base.columns, current.profile.columns, spread or {}
@@ -188,7 +189,9 @@ def compare(
             found[name], figures[name] = signs(base, name, current, name not in kinds, *bands)
     columns = column_verdicts(before, after, kinds, found, figures, act)
     shared = [name for name in before if figures[name]]
-    together = joint(base.tally.sample[shared], current.sample[shared], spread.get(JOINTLY, 0.5))
+    together = {"verdict": "cannot tell", "why": "Nobody looked at all columns together."}
+    if jointly:
+        together = joint(base.tally.sample[shared], current.sample[shared], spread.get(JOINTLY, 0.5))
     return Window(window, current.rows, window_verdict(columns, together), columns, together)
 
 # %% ../../nbs/6_monitor/61c_windows.ipynb #1efecea8
