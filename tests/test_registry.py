@@ -70,7 +70,7 @@ def children(function, arguments: list[tuple]) -> list[int]:
     for process in started:
         process.start()
     for process in started:
-        process.join(50)
+        process.join(240)
     return [process.exitcode for process in started]
 
 

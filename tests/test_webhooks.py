@@ -182,7 +182,7 @@ webhooks.deliver(open_ledger(Settings(Path(sys.argv[1]), actor="ada")))
 def test_a_sender_killed_between_sending_and_marking_sends_again_under_the_same_id(ledger, receiver):
     add_webhook(ledger, receiver.url, ["alias.*"], private=True)
     moved(ledger, 2)
-    done = subprocess.run([sys.executable, "-c", KILLED, str(ledger.settings.root)], timeout=60)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(ledger.settings.root)], timeout=240)
     assert done.returncode == -signal.SIGKILL and len(receiver.got) == 1
     assert deliver(ledger)[0].delivered == 1
     assert len(receiver.got) == 2 and len(set(receiver.ids())) == 1

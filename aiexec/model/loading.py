@@ -246,7 +246,7 @@ def inspect(
     path: Path,  # a model's folder or file
     *,
     memory: int = MEMORY,  # bytes of addresses that the child may use
-    seconds: int = SECONDS,  # that it may take
+    seconds: int = SECONDS,  # of a processor; on the clock three times as long, for the machine may be busy
 ) -> Inspection:
     "Have a child look at a model of unknown origin; raises `RegistryError` when there is none."
     path = Path(path)
@@ -258,7 +258,7 @@ def inspect(
                "pickles": (), "code": ()}
     try:
         done = subprocess.run([sys.executable, "-s", "-c", PROGRAM, json.dumps(told)], stdin=subprocess.DEVNULL,
-                              capture_output=True, timeout=seconds + 10, cwd=tempfile.gettempdir(),
+                              capture_output=True, timeout=3 * seconds, cwd=tempfile.gettempdir(),
                               env={"PATH": os.defpath, **LEAN})
         found = json.loads(done.stdout)
     except subprocess.TimeoutExpired:
