@@ -46,13 +46,16 @@ def weekly_cost(
 ) -> WeeklyCost:
     "Degradation × volume × matrix, of what was measured: (mean value before − mean value now) / 1000 × decisions a week."
     unit = usecase.value.currency
-    rows = ledger.rows(MEASUREMENTS, order="window", usecase=usecase.name, name=["value_per_1000", "rows"])
+    figures = ["value_per_1000", "rows", *(line.metric for line in usecase.success)]
+    rows = ledger.rows(MEASUREMENTS, order="window", usecase=usecase.name, name=figures)
     worth = {row["window"]: row for row in rows if row["name"] == "value_per_1000" and row["value"] is not None}
     volume = {row["window"]: row["value"] for row in rows if row["name"] == "rows" and row["kind"] == "volume" and row["value"]}
     now = [window for window in sorted(missed) if window in worth and window in volume and window <= until]
-    before = [window for window in worth if missed and window < min(missed)]
+    broken = {row["window"] for row in rows for line in usecase.success
+              if row["name"] == line.metric and row["value"] is not None and not line.holds(row["value"])}
+    before = [window for window in worth if missed and window < min(missed) and window not in broken]
     if not now or not before:
-        which = f"of {', '.join(sorted(missed)) or 'the breach'}" if not now else f"before {min(missed)}"
+        which = f"of {', '.join(sorted(missed)) or 'the breach'}" if not now else f"before {min(missed)} that kept its lines"
         lack = "value_per_1000 and the number of decisions are" if not now else "value_per_1000 is"
         return WeeklyCost(None, None, None, unit, f"{lack} not on record for a window {which}.")
     (was, was_wide), (is_now, now_wide) = mean_of([worth[w] for w in before]), mean_of([worth[w] for w in now])
