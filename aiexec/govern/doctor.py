@@ -100,7 +100,7 @@ def registry(settings: Settings) -> str:
         raise AiexecError(f"{left}{f' Mended: {done}' if done else ''}", remedy)
     return f"mended: {done}" if done else "MLflow and the ledger agree"
 
-
+# %% ../../nbs/8_govern/88_doctor.ipynb #5546283e
 def told(settings: Settings) -> str:
     "Whether those who are to be told what happens to models have been."
     ledger = open_ledger(settings)
@@ -122,7 +122,7 @@ def heard(settings: Settings) -> str:
         address_of(one, ledger)
     return f"told to {', '.join(one.name for one in known)}" if known else "nobody is told: write alert_channels in settings.ini"
 
-
+# %% ../../nbs/8_govern/88_doctor.ipynb #97600e62
 def kernel(settings: Settings) -> str:
     "Whether this environment's Python can be a kernel."
     asked = subprocess.run([sys.executable, "-m", "ipykernel_launcher", "--version"], capture_output=True, text=True, timeout=60)
