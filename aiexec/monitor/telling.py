@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
-from ..errors import AiexecError, LockedError, StaleWrite
+from ..errors import AiexecError, LockedError, MissingExtra, StaleWrite
 from ..files import lock
 from .alerts import ALERTS, NOTICES, channels_of, find, move, muted
 from .channels import Channel, channel, send
@@ -60,7 +60,7 @@ def attempt(one: Channel, notice: dict, ledger: Ledger, seconds: float) -> str: 
         send(one, notice["title"], notice["body"], ledger, seconds)
         error = ""
     except AiexecError as why:
-        error = why.problem
+        error = str(why) if isinstance(why, MissingExtra) else why.problem  # the line to install belongs to it
     key = {"notice": notice["notice"], "channel": one.name}
     before = next(iter(ledger.rows(DELIVERIES, **key)), {"attempts": 0})
     pause = min(10.0 * 2 ** min(before["attempts"], 20), LONGEST)
