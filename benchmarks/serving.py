@@ -87,11 +87,15 @@ class Server:
         self.log = (cwd / f"{port}.log").open("w+")
         self.process = subprocess.Popen([*map(str, words)], cwd=cwd, stdout=self.log, stderr=self.log, start_new_session=True,
                                         env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
-        while not self.answers(health):
-            if self.process.poll() is not None or time.perf_counter() - begun > 120:
-                self.log.seek(0)
-                raise RuntimeError(f"{words[0]} does not serve: {self.log.read()[-2000:]}")
-            time.sleep(0.01)
+        try:
+            while not self.answers(health):
+                if self.process.poll() is not None or time.perf_counter() - begun > 120:
+                    self.log.seek(0)
+                    raise RuntimeError(f"{words[0]} does not serve: {self.log.read()[-2000:]}")
+                time.sleep(0.01)
+        except BaseException:
+            self.close()
+            raise
         self.seconds = time.perf_counter() - begun
         request = urllib.request.Request(self.url + path, self.body.encode(), {"content-type": "application/json"})
         assert urllib.request.urlopen(request, timeout=60).status == 200
@@ -103,7 +107,8 @@ class Server:
             return False
 
     def close(self) -> None:
-        os.killpg(self.process.pid, signal.SIGTERM)
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGTERM)
         try:
             self.process.wait(30)
         except subprocess.TimeoutExpired:
