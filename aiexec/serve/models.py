@@ -224,13 +224,13 @@ def described(folder: Path) -> dict:
         raise RegistryError(problem, "Log the model with MLflow.") from why
 
 # %% ../../nbs/5_serve/50a_models.ipynb #bebf801d
-def stored_example(folder: Path, columns: tuple[Column, ...]) -> pd.DataFrame | None:
-    "The rows stored with a model, if they fit its columns."
-    for name in ("example.json", "input_example.json"):
+def stored_example(folder: Path, columns: tuple[Column, ...]) -> pd.DataFrame | None:  # up to 100 rows
+    "The rows stored with a model, if they fit its columns: those that stand for its data, or an example."
+    for name in ("background.parquet", "example.json", "input_example.json"):
         try:
-            told = json.loads((folder / name).read_text(encoding="utf-8"))
-            frame = pd.DataFrame(told["data"], columns=told["columns"])
-            return frame[[column.name for column in columns]].head(5) if columns else None
+            told = {} if name == "background.parquet" else json.loads((folder / name).read_text(encoding="utf-8"))
+            frame = pd.DataFrame(told["data"], columns=told["columns"]) if told else pd.read_parquet(folder / name)
+            return frame[[column.name for column in columns]].head(100) if columns else None
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return None
