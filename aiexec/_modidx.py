@@ -2648,6 +2648,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'aiexec.serve.scoring': { 'aiexec.serve.scoring.BatchLog': ('5_serve/scoring.html#batchlog', 'aiexec/serve/scoring.py'),
                                       'aiexec.serve.scoring.BatchLog.__init__': ( '5_serve/scoring.html#batchlog.__init__',
                                                                                   'aiexec/serve/scoring.py'),
+                                      'aiexec.serve.scoring.BatchLog.begin': ( '5_serve/scoring.html#batchlog.begin',
+                                                                               'aiexec/serve/scoring.py'),
                                       'aiexec.serve.scoring.BatchLog.part': ( '5_serve/scoring.html#batchlog.part',
                                                                               'aiexec/serve/scoring.py'),
                                       'aiexec.serve.scoring.BatchLog.shown': ( '5_serve/scoring.html#batchlog.shown',

@@ -110,6 +110,7 @@ def test_a_killed_scoring_goes_on_with_the_parts_that_are_missing(project, tmp_p
     while len(list(out.rglob("part-*.parquet"))) < 3 and process.poll() is None:
         assert time.monotonic() < until
         time.sleep(0.005)
+    assert process.poll() is None, "it ended before it was killed"
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     lines = [json.loads(line) for line in (out / "_journal.jsonl").read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import DataError, ParameterError
-from ..files import digest_of, writing
+from ..files import digest_of, sweep, writing
 from .days import RECORD, schema_of
 from .models import Served
 from .parts import FileInput, Part
@@ -92,6 +92,12 @@ class BatchLog:
         if mask and not masked:
             raise ParameterError("Masked columns need a hash with a key.", "Give masked=….")
         self.folder, self.mask, self.drop, self.masked, self.job = folder, set(mask), set(drop), masked, ""
+
+    def begin(self, job: str) -> None:  # a digest of what is scored, and where to
+        "Name the job, and sweep what a killed one left half written."
+        self.job = job
+        if self.folder is not None:
+            sweep(*self.folder.glob("day=*"))
 
     @contextmanager
     def part(self, part: Part, served: Served, at: str) -> Iterator[Callable[..., None]]:  # takes ids, rows and score columns
@@ -288,7 +294,7 @@ def score_parts(
     job = {"model": served.name, "version": served.version, "digest": served.digest, "id": source.id, "input": source.shown,
            "identity": source.identity(), "part_rows": source.part_rows, "parts": [asdict(part) for part in parts]}
     log = log or BatchLog(None)
-    log.job = digest_of([output.shown, *[fact for name, fact in job.items() if name != "parts"]])
+    log.begin(digest_of([output.shown, *[fact for name, fact in job.items() if name != "parts"]]))
     with output.held(), closing(source):
         kept = output.begin(job, parts, afresh)
         pace = Pace(parts, kept, progress)
