@@ -194,7 +194,7 @@ def processes(root: Path) -> list[tuple[int, str]]:
     for place in Path("/proc").glob("[0-9]*"):
         try:
             words = place.joinpath("cmdline").read_text().replace("\0", " ").strip()
-            ours = "become_server()" not in words and mark in place.joinpath("environ").read_bytes()
+            ours = "become_server(" not in words and mark in place.joinpath("environ").read_bytes()
             ours = ours or Path(os.readlink(place / "cwd")).is_relative_to(root)
             if ours and ") Z " not in place.joinpath("stat").read_text():
                 found.append((int(place.name), words[:120]))
