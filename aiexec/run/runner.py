@@ -133,9 +133,14 @@ def taken_up(work: Work, row: dict) -> None:
 @contextmanager
 def ended_by_signal() -> Iterator[None]:
     "During the block, have SIGTERM end a run as Ctrl-C does."
+    def interrupt(*_) -> None:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script
+            raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
+
     ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     if ours:
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     finally:
