@@ -189,3 +189,10 @@ def test_what_must_answer_at_once_loads_nothing_heavy(code):
     program = f"{code}\nimport sys; loaded = [m for m in {heavy} if m in sys.modules]; assert not loaded, loaded"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", ["run.runner", "model.webhooks", "monitor.telling"])
+def test_what_every_run_needs_loads_no_frames(module):
+    program = f"import aiexec.{module}, sys; loaded = {{'pandas', 'numpy', 'mlflow', 'apprise'}} & {{*sys.modules}}; assert not loaded, loaded"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from html import escape
 from typing import TYPE_CHECKING, Iterable, Mapping
 
-import pandas as pd
-
 from ..define.usecase import Threshold, UseCase
 from ..errors import ParameterError, did_you_mean
 from ..store import Ledger, declare, now
 
-if TYPE_CHECKING:  # scipy comes with it, and whoever only asks for alerts would wait for that
+if TYPE_CHECKING:  # whoever only asks for alerts, as every run does at its end, would wait for pandas and scipy
+    import pandas as pd
+
     from aiexec.monitor.performance import Performance
 
 # %% ../../nbs/6_monitor/63_watch.ipynb #4821296b
@@ -65,7 +65,7 @@ def plain(value):
 
 # %% ../../nbs/6_monitor/63_watch.ipynb #1fd7a044
 def drift_rows(
-    table: pd.DataFrame,  # as `monitor.drift.drift` gives it
+    table: "pd.DataFrame",  # as `monitor.drift.drift` gives it
 ) -> list[dict]:
     "One measurement a column: its index, its verdict, and why."
     beside = ["kind", "expected", "missing", "missing_before", "rows", "why"]
@@ -103,8 +103,10 @@ def measurements(
     usecase: str,  # name of the use case
     kind: str | None = None,  # all kinds, if not given
     until: str | None = None,  # the last window to take
-) -> pd.DataFrame:  # the columns of MEASUREMENTS, oldest window first
+) -> "pd.DataFrame":  # the columns of MEASUREMENTS, oldest window first
     "What was measured, as a frame."
+    import pandas as pd
+
     rows = ledger.rows(MEASUREMENTS, order="window", usecase=usecase, **({"kind": kind} if kind else {}))
     found = pd.DataFrame(rows, columns=MEASUREMENTS.c.keys())
     return found if until is None else found[found.window <= until].reset_index(drop=True)

@@ -51,7 +51,7 @@ def struck_at(root: Path, sign: str) -> str:
     return f"{call} {about[1] if about else other[1] if other else ''}".strip()
 
 
-def goes_on(root: Path, before: dict, **more: str) -> list[str]:
+def goes_on(root: Path, before: dict | None, **more: str) -> list[str]:  # before: the result it must have; None: any
     """Resume as a person would: what is wrong then."""
     kept, worked = known(root), ran(root)
     done = command(root, "resume", **more)
