@@ -104,6 +104,17 @@ def test_what_was_edited_is_named(project, tmp_path, edit, says):
     assert says in aiexec("verify", alone, cwd=project).stdout
 
 
+def test_a_torn_table_made_again_stands_for_the_one_that_a_later_step_was_given(project):
+    table = project / ".aiexec" / row(project, "make")["outputs"]["flights"]["file"]
+    table.write_bytes(table.read_bytes()[:-1] + b"?")
+    assert [found["step"] for found in answer("verify", cwd=project, code=1)] == ["make", "count"]
+    again = aiexec(*RUN, cwd=project)
+    assert again.returncode == 0, again.stderr
+    newest = {one["step"]: one["status"] for one in open_ledger(load_settings(project)).rows(STEPS, order="started")}
+    assert (newest["make"], newest["count"]) == ("done", "cached")
+    assert answer("verify", cwd=project) == []
+
+
 def test_what_has_changed_since_is_named(project):
     source = project / "usecases" / "late" / "make.ipynb"
     whole = source.read_text()

@@ -128,10 +128,16 @@ def moved(path: str, root: Path | None) -> Path:
     return root / ".aiexec" / inside if root and inside != path else Path(path)
 
 
-def input_problems(proof: dict, root: Path | None) -> list[str]:
-    "What of the data that it was given is gone or changed."
+def input_problems(
+    proof: dict,
+    root: Path | None,
+    standing: frozenset[str] = frozenset(),  # digests of files that the same run made and that are whole
+) -> list[str]:
+    "What of the data that it was given is gone or changed; the same content elsewhere in its run is as good."
     found = []
     for name, recorded in proof["inputs"].items():
+        if recorded in standing:
+            continue
         given = proof["parameters"].get(name)
         paths = [moved(str(path), root) for path in (given if isinstance(given, list) else [given])]
         gone = [path for path in paths if not path.exists()]
@@ -166,7 +172,7 @@ def record_problems(ledger: Ledger, row: dict) -> list[str]:
     return problems
 
 # %% ../../nbs/3_run/36_proof.ipynb #40d91024
-def notebook_problems(ledger: Ledger, row: dict) -> list[str]:
+def notebook_problems(ledger: Ledger, row: dict, standing: frozenset[str]) -> list[str]:
     "What is wrong with the executed notebook of a step, and between it and what it was made of."
     root, path = ledger.settings.root, ledger.settings.home / row["notebook"]
     if not path.is_file():
@@ -174,7 +180,9 @@ def notebook_problems(ledger: Ledger, row: dict) -> list[str]:
     try:
         nb = read_executed(path)
         proof = proof_of(nb)
-        return stamp_problems(nb, proof, ledger.key) + source_problems(proof, root) + input_problems(proof, root) if proof else []
+        if proof is None:
+            return []
+        return stamp_problems(nb, proof, ledger.key) + source_problems(proof, root) + input_problems(proof, root, standing)
     except NotebookError as why:
         return [why.problem]
     except (KeyError, TypeError, AttributeError, ValueError):
@@ -191,9 +199,11 @@ def verify_run(
         latest = [row["run"] for row in ledger.rows(RUNS, order="-started")[:10]]
         raise ParameterError(f"There is no run '{run}'.", did_you_mean(run, latest))
     finished = ledger.rows(STEPS, order="started", run=run, status=["done", "cached"])
-    home = ledger.settings.home
-    findings = [Finding(row["step"], row["attempt"], problem) for row in finished
-                for problem in file_problems(home, row) + record_problems(ledger, row) + notebook_problems(ledger, row)]
+    files = [file_problems(ledger.settings.home, row) for row in finished]
+    standing = frozenset(one["digest"] for row, wrong in zip(finished, files) if not wrong
+                         for one in row["outputs"].values() if "digest" in one)
+    findings = [Finding(row["step"], row["attempt"], problem) for row, wrong in zip(finished, files)
+                for problem in wrong + record_problems(ledger, row) + notebook_problems(ledger, row, standing)]
     ended = [*finished, *ledger.rows(STEPS, run=run, status="skipped")]
     missing = set(found[0]["steps"]) - {row["of"] or row["step"] for row in ended} if found[0]["status"] == "done" else set()
     return findings + [Finding(step, 0, "The run is called done, but this step is not.") for step in sorted(missing)]
