@@ -179,4 +179,4 @@ def unasked(number: int, chance: random.Random, place: Path) -> Outcome:
 
 
 FAMILIES = [Family("service", "a thousand mutated requests a case: no 5xx, the log holds exactly what was answered", unasked,
-                   lambda: range(1, 101))]
+                   lambda: range(1, 101), of="serve")]

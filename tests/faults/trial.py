@@ -35,13 +35,14 @@ class Family:
     full: Callable[[], Iterable[int]]  # the numbers of the full set
     small: tuple[int, ...] = ()  # the cases of `make test`
     alone: bool = False  # not side by side with others: it fills the machine by itself
+    of: str = "run"  # the folder of the library that it tries
 
 
 @cache
-def library() -> str:
-    """The digest of the library that was tried."""
-    return digest_of([[path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")]
-                      for path in sorted((ROOT / "aiexec").rglob("*.py"))])[:12]
+def library(folder: str) -> str:
+    """The digest of what was tried: the modules of a folder of the library, and those at its top."""
+    modules = [*(ROOT / "aiexec").glob("*.py"), *(ROOT / "aiexec" / folder).glob("*.py")]
+    return digest_of([[path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")] for path in sorted(modules)])[:12]
 
 
 @cache
@@ -119,9 +120,9 @@ class Record:
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         return sorted({row["number"]: row for row in map(json.loads, lines)}.values(), key=lambda row: row["number"])
 
-    def add(self, family: str, number: int, seed: int, outcome: Outcome) -> None:
-        row = {"number": number, "seed": seed, "library": library(), **asdict(outcome)}
-        with self.lock, (self.folder / f"{family}.jsonl").open("a", encoding="utf-8") as file:
+    def add(self, family: Family, number: int, seed: int, outcome: Outcome) -> None:
+        row = {"number": number, "seed": seed, "library": library(family.of), **asdict(outcome)}
+        with self.lock, (self.folder / f"{family.name}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def forget(self, family: str) -> None:
@@ -139,7 +140,7 @@ def try_family(family: Family, record: Record, *, seed: int = SEED, first: int =
         while running:
             for ended in wait(running, return_when=FIRST_COMPLETED).done:
                 number, outcome = running.pop(ended), ended.result()
-                record.add(family.name, number, seed, outcome)
+                record.add(family, number, seed, outcome)
                 word = "well" if outcome.ok else "BAD"
                 tell(f"{family.name} {number}: {word} {outcome.facts['seconds']:.1f} s  {outcome.says[:400]}")
                 if time.monotonic() < until and (another := next(waiting, None)) is not None:
