@@ -21,7 +21,8 @@ from aiexec.data.datasets import read
 from aiexec.model.registry import find_version, promote, register
 from aiexec.serve.batch import score_batch
 from aiexec.serve.canary import canary_moves, running_canary, start_canary
-from aiexec.serve.days import Answered, compact
+from aiexec.serve.archive import compact
+from aiexec.serve.days import Answered
 from aiexec.serve.live import Live
 from aiexec.serve.models import open_served
 from aiexec.serve.predictions import PredictionLog, monitored, open_log, prediction_ids, predictions_folder, read_predictions

@@ -134,7 +134,7 @@ WantedBy=default.target"""
 def slot(usecase, slot, attempt, service):
     "Work on one slot that a service has taken."
     from aiexec.define.usecase import load_usecase
-    from aiexec.run.kernels import die_with_parent
+    from aiexec.run.supervisor import die_with_parent
     from aiexec.run.slots import slots, work_on
 
     die_with_parent()

@@ -23,8 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import forked
-from .kernels import die_with_parent
-from .supervisor import keep_orphans
+from .supervisor import die_with_parent, keep_orphans
 
 # %% ../../nbs/3_run/38a_forks.ipynb #fa075cc1
 SAFE = {"jemalloc_bg_thd": "pyarrow's allocator takes its locks before a fork, and starts the thread again after it"}

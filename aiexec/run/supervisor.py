@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PR_SET_PDEATHSIG', 'PR_SET_CHILD_SUBREAPER', 'SIGKILL', 'SIGSTOP', 'END_SECONDS', 'FOR_EVER', 'LIBC', 'POSSIBLE',
-           'start', 'children_of', 'below', 'send', 'end_all', 'keep_orphans', 'end_below', 'supervise', 'say',
-           'start_supervised']
+           'die_with_parent', 'start', 'children_of', 'below', 'send', 'end_all', 'keep_orphans', 'end_below',
+           'supervise', 'say', 'start_supervised']
 
 # %% ../../nbs/3_run/30z_supervisor.ipynb #2f660d2a
 import ctypes
@@ -20,6 +20,12 @@ END_SECONDS, FOR_EVER = 10.0, 1e6
 LIBC = ctypes.CDLL(None) if os.name == "posix" else None  # Windows has neither supervisors nor warm kernels
 
 
+def die_with_parent() -> None:
+    "Have the operating system kill this process when its parent ends."
+    if hasattr(LIBC, "prctl"):
+        LIBC.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
+
+
 def start(command: list[str]) -> int:  # the kernel's process number, also its session and process group
     "Start the kernel, which ends with this process."
     mine = os.getpid()
@@ -27,7 +33,7 @@ def start(command: list[str]) -> int:  # the kernel's process number, also its s
     if pid:
         return pid
     os.setsid()
-    LIBC.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
+    die_with_parent()
     if os.getppid() == mine:
         os.environ["JPY_PARENT_PID"] = str(mine)  # ipykernel looks whether its parent is still this one
         try:

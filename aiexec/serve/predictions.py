@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from hashlib import blake2b
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 from typing import Any, Sequence
@@ -22,7 +23,7 @@ import pandas as pd
 
 from ..errors import ParameterError
 from .canary import serve_section
-from .days import Answered, answer_line, day_of, days_of, read_days, schema_line
+from .days import Answered, answer_line, day_of, days_of, schema_line
 from .segments import NotLogged, Segment, is_finished
 from ..settings import Settings
 from ..store import chain_key, now
@@ -69,7 +70,7 @@ class Tidying:
         if self.process and self.process.poll() is not None:
             self.process = None
         minute, self.looked = self.looked, now()[:16]
-        if minute != self.looked and not self.process:
+        if minute != self.looked and not self.process and find_spec("pyarrow"):  # images lack it: their days stay lines
             over = (path for day in days_of(self.folder) if day_of(day) < today for path in day.glob("_*.log"))
             if any(map(is_finished, over)):
                 self.process = compact_aside(self.folder)
@@ -173,7 +174,7 @@ def described(one: Answered) -> Answered:
 def compact_aside(folder: Path) -> subprocess.Popen:
     "Compact in a process that yields to everybody else."
     program = ("import os, sys; from pathlib import Path; os.nice(15)\n"
-               "from aiexec.errors import LockedError; from aiexec.serve.days import compact\n"
+               "from aiexec.errors import LockedError; from aiexec.serve.archive import compact\n"
                "try: compact(Path(sys.argv[1]))\n"
                "except LockedError: pass  # another worker's does it")
     return subprocess.Popen([sys.executable, "-c", program, str(folder)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -200,6 +201,8 @@ def read_predictions(
     until: str = "",  # the moment that ends it, itself left out
 ) -> pd.DataFrame:  # prediction_id, at, model, version, role, key, score, outputs, label, and the inputs
     "What was answered, of all workers and days."
+    from aiexec.serve.archive import read_days  # loads pyarrow, which writing does without
+
     return read_days(Path(folder), str(since or ""), str(until or ""))
 
 

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from ..errors import DataError, ParameterError
 from ..files import digest_of, sweep, writing
-from .days import RECORD, schema_of
+from .archive import RECORD, schema_of
 from .models import Served
 from .parts import FileInput, Part
 from .rows import TableOutput

@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import Any, Callable
 
 from ..errors import AiexecError, ParameterError, require
-from ..run.kernels import die_with_parent
+from ..run.supervisor import die_with_parent
 from .keys import Keyring
 from .limits import Limits
 from .live import Live
 from .metrics import Board
 from .models import Served, known_name, open_served, own_ledger
 from .predictions import PredictionLog, open_log
+from .quick import quickened
 from .reasons import reasons
 from .service import Service
 from ..settings import Settings
@@ -59,9 +60,9 @@ def open_live(plan: Plan) -> tuple[Live, Keyring, PredictionLog | None]:
     if known:
         log = open_log(known, ledger.settings, plan.log)
         fixed = {"version": which} if which.isdecimal() else {"alias": which or "champion"}
-        live = Live(known, lambda version: open_served(f"{known}/{version}", ledger=ledger), ledger, log=log, **fixed)
+        live = Live(known, lambda version: quickened(open_served(f"{known}/{version}", ledger=ledger)), ledger, log=log, **fixed)
     else:
-        served = open_served(plan.reference, plan.settings, ledger, plan.allow_pickle)
+        served = quickened(open_served(plan.reference, plan.settings, ledger, plan.allow_pickle))
         live = Live(served.name, lambda version: served, None, log=log)
     live.start()
     if live.state == "starting":
