@@ -81,7 +81,7 @@ class Step(Specification):
 
     notebook: Annotated[Inside, AfterValidator(notebook)]
     wires: dict[Parameter, Any] = Field(default={}, alias="with")  # parameter → step.output
-    trigger: Literal["schedule", "setup", "labels", "train"] = "schedule"
+    trigger: Literal["schedule", "setup", "labels", "train", "manual"] = "schedule"  # manual: only when somebody asks for it
     foreach: dict[Parameter, list[Any] | str] = {}  # values of a parameter, 2013-01 to 2013-12, or step.output; several: a grid
     when: str | None = None  # a comparison of parameters and outputs: evaluate.auc < 0.6
     retries: Retries | None = None
@@ -184,6 +184,8 @@ class Monitor(Specification):
     psi: Psi = Psi()
     breach: Annotated[str, StringConstraints(pattern=r"^[1-9] of [1-9]$")] = "2 of 3"
     cool_down: int = Field(default=1, ge=0)  # months after a retraining in which none is proposed
+    retrain_cap: Annotated[str, StringConstraints(pattern=r"^\d{1,2} in [1-9]\d? months?$")] = "6 in 12 months"  # at most so many
+    return_after: int = Field(default=2, ge=0)  # months over which a replaced champion must be better to return; 0: it never does
     clearance: float = Field(default=0.01, ge=0, lt=1)  # by which part of itself a line must be bettered before its alert closes
     reopens: int = Field(default=3, ge=0)  # months after its end in which an alert opens again instead of another
     matters: float = Field(default=0.01, ge=0, lt=1)  # of all importance; a column with less is only watched when it drifts
@@ -212,6 +214,11 @@ class Monitor(Specification):
     def delay_months(self) -> int:
         "Months between a window and its labels."
         return int(self.label_delay.split()[0])
+
+    @property
+    def cap(self) -> tuple[int, int]:
+        "How many retrainings, in how many months."
+        return int(self.retrain_cap.split()[0]), int(self.retrain_cap.split()[2])
 
 # %% ../../nbs/1_define/10_usecase.ipynb #4b39a6ec
 class Canary(Specification):
