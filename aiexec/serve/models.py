@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NUMBERS', 'EXACT', 'DTYPES', 'DATA_ONLY', 'PICKLED', 'KINDS', 'NAMED', 'Column', 'Output', 'Served', 'swift',
            'trial_rows', 'takes_matrix', 'why_not', 'columns_of', 'output_of', 'read_model', 'described',
-           'stored_example', 'estimator', 'any_model', 'open_served', 'named_in', 'own_ledger', 'known_name',
-           'registered', 'foreign_version']
+           'stored_example', 'split_rows', 'estimator', 'any_model', 'open_served', 'named_in', 'own_ledger',
+           'known_name', 'registered', 'foreign_version']
 
 # %% ../../nbs/5_serve/50a_models.ipynb #fcad4777
 import json
@@ -29,6 +29,7 @@ from ..define.usecase import load_usecase, names
 from ..errors import DataError, RegistryError, SpecificationError
 from ..files import read_yaml
 from ..model.registry import TRUSTED, find_version, tree_digest, versions
+from ..model.trees import from_json
 from .scorer import fetch
 from ..settings import Settings, load_settings
 from ..store import Ledger, open_ledger
@@ -226,14 +227,21 @@ def described(folder: Path) -> dict:
 # %% ../../nbs/5_serve/50a_models.ipynb #bebf801d
 def stored_example(folder: Path, columns: tuple[Column, ...]) -> pd.DataFrame | None:  # up to 100 rows
     "The rows stored with a model, if they fit its columns: those that stand for its data, or an example."
-    for name in ("background.parquet", "example.json", "input_example.json"):
+    readers = {"background.json": lambda file: from_json(file.read_text(encoding="utf-8")), "background.parquet": pd.read_parquet,
+               **dict.fromkeys(("example.json", "input_example.json"), split_rows)}
+    for name in (name for name in readers if (folder / name).is_file()):
         try:
-            told = {} if name == "background.parquet" else json.loads((folder / name).read_text(encoding="utf-8"))
-            frame = pd.DataFrame(told["data"], columns=told["columns"]) if told else pd.read_parquet(folder / name)
+            frame = readers[name](folder / name)
             return frame[[column.name for column in columns]].head(100) if columns else None
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return None
+
+
+def split_rows(file: Path) -> pd.DataFrame:
+    "Rows as MLflow keeps an example."
+    told = json.loads(file.read_text(encoding="utf-8"))
+    return pd.DataFrame(told["data"], columns=told["columns"])
 
 # %% ../../nbs/5_serve/50a_models.ipynb #a63d929b
 def estimator(folder: Path, description: dict, name: str, consent: bool) -> tuple[Any, Callable]:
