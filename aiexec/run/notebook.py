@@ -40,7 +40,7 @@ from ..errors import LockedError, NotebookError, ParameterError
 from ..files import describe, digest_of
 from .cells import Cells
 from .kernels import SECONDS, Kernel, WarmKernels, running_kernel
-from .record import MARK, Cancelled, CellRun, Execution, begin_notes, error_in_cell, failed, kernel_died, mark
+from .record import MARK, Cancelled, CellRun, Execution, begin_notes, error_in_cell, failed, kernel_died, last_words, mark
 from .record import note_end, note_start, one_line, sign, write_notebook
 from .secrets import REPLACED, Scrubber, injected, read_text, referred
 from .signature import objects_for
@@ -276,7 +276,7 @@ async def attempt(job: Job) -> Execution:
     except TimeoutError as error:
         ending = failed("timeout", "") if limit.expired() else failed("runner", one_line(type(error).__name__, str(error)))
     except CellExecutionError as error:
-        ending = error_in_cell(error.ename, job.scrub.text(error.evalue))
+        ending = error_in_cell(error.ename, job.scrub.text(error.evalue), last_words(job.nb))
     except (OSError, RuntimeError) as error:
         ending = ending or failed("runner", one_line(type(error).__name__, str(error)))
     finally:

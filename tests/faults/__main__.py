@@ -1,6 +1,7 @@
 """`python -m tests.faults`: try the families in full or in part, and write what was found to REPORT.md."""
 
 import argparse
+import signal
 import sys
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ def main() -> int:
     words.add_argument("--report", action="store_true", help="only write the report of what was found")
     words.add_argument("--results", type=Path, default=ROOT / "build" / "faults", help="folder of what was found so far")
     asked = words.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is deaf to it, and so would be its runs
     record, until = Record(asked.results), time.monotonic() + 60 * asked.minutes
     chosen = [FAMILIES[name] for name in asked.only or FAMILIES]
     with own_server():
