@@ -115,13 +115,17 @@ def doctor():
 @main.command()
 @click.option("--port", default=0, help="Port (default: a free one).")
 @click.option("--open/--no-open", "browser", default=None, help="Open a browser (default: on a terminal).")
+@click.option("--invite", "invited", multiple=True, metavar="PERSON", help="Print an address for somebody else, too (repeat).")
 @verb
-def dashboard(port, browser):
-    "Show the dashboards in a browser."
+def dashboard(port, browser, invited):
+    """Show the dashboards in a browser.
+
+    Whoever opens an address acts under the name that it was printed for: yours, or that of the person whom you --invite.
+    Who may act on alerts is said in usecase.yaml (monitor: people)."""
     from aiexec.settings import load_settings
     from aiexec.show.dashboards import serve
 
-    serve(load_settings(), port=port, open_browser=sys.stdout.isatty() if browser is None else browser)
+    serve(load_settings(), port=port, open_browser=sys.stdout.isatty() if browser is None else browser, invited=invited)
     return Answer({}, "Closed.")
 
 # %% ../../nbs/9_show/99_commands.ipynb #0673424e

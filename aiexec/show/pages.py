@@ -261,7 +261,9 @@ def title(usecase: UseCase, champion: int | None, when: str) -> Html:
     "What it is, whom to ask, and of when the figures are."
     facts = [usecase.department, f"stage: {usecase.stage}", f"risk: {usecase.risk}", join("ask: ", mail(usecase.owner)),
              f"champion: v{champion}" if champion else "no champion yet", when]
-    return tag("header", tag("a", "← All use cases", href="portfolio.ipynb", class_="small"), tag("h1", usecase.title),
+    ways = [tag("a", "← All use cases", href="portfolio.ipynb", class_="small"), Html(" &nbsp; "),
+            tag("a", "Monitoring →", href=f"monitoring.ipynb?usecase={quote(usecase.name)}", class_="small")]
+    return tag("header", *ways, tag("h1", usecase.title),
                tag("div", *[tag("span", fact) for fact in facts], class_="facts"))
 
 # %% ../../nbs/9_show/96_pages.ipynb #c32eb90b
