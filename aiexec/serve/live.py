@@ -21,6 +21,7 @@ from .answering import Batch, NotReady, Standing, Voice, answer, ask, part, soun
 from .aside import Aside, Lagging
 from .canary import CanaryMove, as_service, serve_section, stop_canary
 from .days import Answered
+from .errands import Errand, telling
 from .lookout import Versions, Wanted, wanted
 from .models import Column, Served
 from .predictions import PredictionLog, predictions_folder
@@ -57,6 +58,7 @@ class Named:
         self.aside: Aside | None = None  # where a canary works
         self.lagging: Lagging | None = None  # where a shadow does
         self.trial: Trial | None = None  # of the canary
+        self.telling: Errand | None = telling(str(self.ledger.settings.root)) if self.ledger else None
 
 # %% ../../nbs/5_serve/52c_live.ipynb #b9867973
 class Standings(Named):
@@ -173,6 +175,7 @@ class Trying(Placing):
             with suppress(StaleWrite):
                 stop_canary(self.name, reason="It is the champion now.", action="promoted", expect=move.seq,
                             ledger=as_service(self.ledger))
+                self.telling.want()
             return None
         return move
 
@@ -256,7 +259,10 @@ class Looking(Following):
                 self.follow()
                 if self.trial and (finding := self.trial.judge()) and finding.breached:
                     logging.getLogger(__name__).warning("The canary of %s was taken back. %s", self.name, finding.why)
+                    self.telling.want()
                     self.follow()
+                if self.telling:
+                    self.telling.look()
                 if self.log:
                     self.log.tidy()
             except Exception as why:  # the thread must live, and what answers goes on
@@ -285,7 +291,7 @@ class Live(Looking):
         self.ended.set()
         if self.thread:
             self.thread.join(30)
-        for beside in filter(None, (self.lagging, self.aside, self.trial)):
+        for beside in filter(None, (self.lagging, self.aside, self.trial, self.telling)):
             beside.close()
 
 # %% ../../nbs/5_serve/52c_live.ipynb #5b83ade2
