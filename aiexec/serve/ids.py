@@ -60,8 +60,11 @@ def marks(ids: pa.Array) -> np.ndarray:  # uint64, one an id
     words = max(1, -(-int(lengths.max(initial=0)) // 8))
     padded = np.zeros((count, words * 8), np.uint8)
     if offsets[-1] > offsets[0]:
-        data = np.frombuffer(ids.buffers()[2], np.uint8)
-        padded[np.arange(words * 8) < lengths[:, None]] = data[offsets[0] : offsets[-1]]
+        data, even = np.frombuffer(ids.buffers()[2], np.uint8)[offsets[0] : offsets[-1]], int(lengths.min())
+        if even == lengths.max():  # as most ids are: laid down at once
+            padded[:, :even] = data.reshape(count, even)
+        else:
+            padded[np.arange(words * 8) < lengths[:, None]] = data
     mark = mixed(lengths.astype(np.uint64))
     for word in padded.view("<u8").T:
         mark = mixed(mark ^ word)

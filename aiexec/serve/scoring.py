@@ -314,7 +314,8 @@ def score_chunks(served: Served, chunks: Iterator[Chunk], laying: Laying, pace: 
         if part != present:
             laying.give(laying.begin, part)
             present, left = part, part.rows
-        rows = frame[[column.name for column in served.columns if column.name in frame]]
+        names = [column.name for column in served.columns if column.name in frame]
+        rows = frame if list(frame.columns) == names else frame[names]  # to choose columns is to copy them
         scores = score_columns(served.predict(rows.to_numpy(float) if served.fast else rows), served.label)
         laying.give(laying.lay, ids, frame, scores)
         pace.tell(len(ids))
