@@ -20,7 +20,7 @@ from ..errors import MissingExtra, ParameterError, SpecificationError
 SECTIONS = {
     "Begin": ("demo", "new", "doctor"),
     "Run": ("check", "run", "resume", "why", "runs", "verify", "reproduce", "schedule", "backfill", "warm"),
-    "Models": ("models", "packet", "approve", "promote", "rollback", "webhooks"),
+    "Models": ("models", "packet", "approve", "promote", "rollback", "retraining", "webhooks"),
     "Serve": ("serve", "canary", "keys", "score", "image"),
     "Watch": ("monitor", "alerts", "drift", "performance"),
     "Decide": ("decide", "deliver"),

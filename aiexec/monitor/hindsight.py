@@ -91,7 +91,7 @@ RULES = (
     Rule("gated", "A breach proposes, the gate decides, and a replaced champion may return.", "breach"),
 )
 VARIATIONS = (
-    Rule("always, newest month too", "As always, and the newest labelled month teaches as well.", "month", gate=False, newest=True),
+    Rule("always, newest too", "As always, and the newest labelled month teaches as well.", "month", gate=False, newest=True),
     Rule("gated each month", "A version is trained whenever labels have come; the gate decides.", "month"),
 )
 
@@ -314,5 +314,5 @@ def aftermath(life: Life) -> pd.DataFrame:  # a row a proposal
             gain |= {"brier after": sums[1, 0] / sums[1, 1] - sums[0, 0] / sums[0, 1], "money after": sums[1, 2] - sums[0, 2]}
         taught = life.models[one["version"] - 1]
         rows.append({**one, "taught by": f"{taught[0]} to {taught[-1]}", **gain})
-    columns = ["window", "why", "version", "against", "taught by", "gate", "outcome", "months after", "brier after", "money after"]
-    return pd.DataFrame(rows).reindex(columns=columns)
+    columns = ["window", "why", "version", "against", "taught by", "gate", "outcome", "months after"]
+    return pd.DataFrame(rows).reindex(columns=[*columns, "brier after", "money after"])
