@@ -15,7 +15,7 @@ from ..errors import AiexecError, ApprovalError, StaleWrite
 from ..monitor import actions
 from ..monitor.telling import after_verb
 from ..settings import Settings
-from .charts import Html, panel, sheet
+from .charts import Html, panel, sheet, tag
 from ..store import Ledger, open_ledger
 
 # %% ../../nbs/9_show/96i_acting.ipynb #eb72d188
@@ -71,4 +71,5 @@ def tell(ledger: Ledger) -> None:
 # %% ../../nbs/9_show/96i_acting.ipynb #a2462e3b
 def refused_page(sentence: str, back: str) -> Html:
     "What a visitor reads when a button did nothing."
-    return sheet(panel("That was not done.", sentence, " Nothing was changed.", href=back))
+    way = tag("p", tag("a", "← Back to the incidents", href=back))
+    return sheet(panel("That was not done.", f"{sentence} Nothing was changed.", way))

@@ -66,7 +66,7 @@ def ranked(rows: dict[str, list[dict | None]], watch: float, act: float) -> tupl
 
 # %% ../../nbs/9_show/96e_heat.ipynb #806015e3
 HEAT = PICTURE + """
-.ax .heat{table-layout:fixed;border-collapse:separate;border-spacing:1px;font-size:11px;min-width:100%;width:auto}
+.ax .heat{table-layout:fixed;border-collapse:separate;border-spacing:1px;font-size:11px;width:100%}
 .ax .heat th,.ax .heat td{border:0;padding:0;min-width:0;max-width:none;height:24px;vertical-align:middle;font-size:11px}
 .ax .heat th[scope=row]{width:190px;padding-right:8px;text-align:right;color:#1d2733;font-weight:400;position:sticky;
  left:0;background:#fff;
@@ -76,37 +76,35 @@ HEAT = PICTURE + """
 .ax .heat td.u{background:repeating-linear-gradient(135deg,#fff 0 3px,#dfe4ea 3px 5px)}
 .ax .heat td>a{display:block;text-align:center;color:#5a6673;line-height:24px;overflow:hidden;white-space:nowrap}
 .ax .heat .w>a{color:#1d2733;font-weight:600} .ax .heat .a>a{color:#fff;font-weight:700}
- .ax .heat .s>a{text-shadow:0 0 3px #000,0 0 2px #000;color:#fff}
+ .ax .heat .s>a{color:#1d2733;text-shadow:0 0 2px #fff,0 0 2px #fff,0 0 3px #fff}
 .ax .heat td>a:hover,.ax .heat td>a:focus-visible,.ax .heat td:has(b:target)>a{outline:2px solid #0b5fa5;
  outline-offset:0;text-decoration:none}
 .ax .shades .key>span{display:inline-block;width:12px;height:12px;margin-right:5px}
 .ax .heat thead th{height:auto;padding:0 0 4px;text-align:center;font-weight:400;color:#5a6673;vertical-align:bottom}
 .ax .heat.many thead th span{writing-mode:vertical-rl;transform:rotate(180deg);white-space:nowrap;font-size:10px;
  line-height:1}
-.ax .heat b,.ax .heat .p{display:none;font-weight:400}
-.ax .heat b:target{display:block;position:fixed;z-index:5;left:0;right:0;bottom:0;height:330px;background:#fff;
- border-top:3px solid #0b5fa5;
- box-shadow:0 -6px 30px #1d273340;padding:258px calc(50% - 450px) 8px;font-size:13px;line-height:1.4;color:#1d2733;
- white-space:normal;overflow:auto;text-align:left}
-.ax .heat b>svg,.ax .heat tr:has(b:target) .p{position:fixed;left:50%;width:900px;margin-left:-450px}
-.ax .heat b>svg{bottom:104px;height:144px;overflow:visible;z-index:7;pointer-events:none}
+.ax .heat td.z{width:1px;background:none;min-width:0} .ax .heat.many{font-size:9px;letter-spacing:-.2px}
+.ax .heat.many td{font-size:9px} .ax .heat b,.ax .heat .p{display:none;font-weight:400}
+.ax .heat tr:has(b:target) .p{display:block;position:fixed;z-index:5;left:0;right:0;bottom:0;height:332px;background:#fff;
+ border-top:3px solid #0b5fa5;box-shadow:0 -6px 30px #1d273340;padding:8px calc(50% - 450px) 0;font-size:13px;text-align:left;
+ white-space:normal}
+.ax .heat b:target{display:block;position:fixed;z-index:6;left:0;right:0;bottom:0;height:86px;background:#fff;color:#1d2733;
+ padding:0 calc(50% - 450px) 6px;font-size:13px;line-height:1.4;white-space:normal;overflow:auto;text-align:left}
+.ax .heat b>svg{position:fixed;left:50%;width:900px;margin-left:-450px;bottom:111px;height:144px;overflow:visible;
+ pointer-events:none}
 .ax .heat b path{fill:none;stroke:#0b5fa5;stroke-width:2.5px;vector-effect:non-scaling-stroke;transform:scale(9,3)}
-.ax .heat tr:has(b:target) .p{display:block;z-index:6;bottom:80px;height:240px;background:none;pointer-events:none;
- font-size:13px;
- text-align:left;white-space:normal}
-.ax .heat .p a{pointer-events:auto;float:right;font-weight:600;padding:2px 0 2px 16px}
- .ax .heat .p strong{font-weight:600;font-size:15px}
-.ax .heat .p .top{height:72px;overflow:hidden} .ax .heat .p .pair{height:144px}
+.ax .heat .p a{float:right;font-weight:600;padding:2px 0 2px 16px} .ax .heat .p strong{font-weight:600;font-size:15px}
+.ax .heat .p .top{height:66px;overflow:hidden} .ax .heat .p .pair{height:144px}
  .ax .heat .p .edges{height:24px;padding-top:3px}
 .ax .heat tr:has(b.k1:target) .k0,.ax .heat tr:has(b.k2:target) .k0,.ax .heat tr:has(b.k3:target) .k0{display:none}
 .ax .heat .k1,.ax .heat .k2,.ax .heat .k3{display:none}
 .ax .heat tr:has(b.k1:target) .k1,.ax .heat tr:has(b.k2:target) .k2,.ax .heat tr:has(b.k3:target) .k3{display:block}
-@media(max-width:960px){.ax .heat b:target{padding-left:calc(50% - 300px);padding-right:calc(50% - 300px)}
- .ax .heat b path{transform:scale(6,3)}
- .ax .heat b>svg,.ax .heat tr:has(b:target) .p{width:600px;margin-left:-300px}}
-@media(max-width:640px){.ax .heat b:target{padding-left:calc(50% - 170px);padding-right:calc(50% - 170px)}
- .ax .heat b path{transform:scale(3.4,3)}
- .ax .heat b>svg,.ax .heat tr:has(b:target) .p{width:340px;margin-left:-170px} .ax .heat th[scope=row]{width:104px}}
+@media(max-width:960px){.ax .heat b:target,.ax .heat tr:has(b:target) .p{
+ padding-left:calc(50% - 300px);padding-right:calc(50% - 300px)}
+ .ax .heat b path{transform:scale(6,3)} .ax .heat b>svg{width:600px;margin-left:-300px}}
+@media(max-width:640px){.ax .heat b:target,.ax .heat tr:has(b:target) .p{
+ padding-left:calc(50% - 170px);padding-right:calc(50% - 170px)}
+ .ax .heat b path{transform:scale(3.4,3)} .ax .heat b>svg{width:340px;margin-left:-170px} .ax .heat th[scope=row]{width:104px}}
 @media print{.ax .heat b:target,.ax .heat tr:has(b:target) .p{display:none}}
 """
 
@@ -184,7 +182,7 @@ def panel_of(name: str, number_of: int, kept: dict[str, Scale]) -> Html:
     how = "share of rows" if not kept or len(set(next(iter(kept.values())).wide)) == 1 else "density"
     key = tag("span", f"{how}: filled is the reference, the line is the window") if kept else "No distribution is stored."
     top = tag("div", tag("a", "Close ✕", href="#drift"), tag("strong", name), tag("div", key, class_="soft"), class_="top")
-    return tag("td", top, *pictures, class_="p")
+    return tag("td", tag("div", top, *pictures, class_="p"), class_="z")
 
 # %% ../../nbs/9_show/96e_heat.ipynb #0a587205
 def cell_html(
@@ -196,6 +194,7 @@ def cell_html(
     kept: dict[str, Scale],
     reasons: bool,  # whether there is room for them
     zoom: Callable[[str, str], str] | None,  # the address that shows some windows one by one
+    figures: bool = True,  # whether there is room for them
 ) -> str:
     "One cell, with the element that it opens."
     cell, verdict = cells[at], verdicts[at]
@@ -212,7 +211,7 @@ def cell_html(
     if zoom and len(cells) > 1:
         text += f'<br><a href="{escape(zoom(windows[0], windows[-1]))}">Show these {len(cells)} windows one by one</a>'
     path = f'<svg><path d="{scale.path(cell["counts"])}"/></svg>' if shown else ""
-    mark, style = (short(cell.get("value"), verdict), "") if len(cells) == 1 else (SIGN[verdict], slivers(verdicts))
+    mark, style = (short(cell.get("value"), verdict), "") if figures else (SIGN[verdict], slivers(verdicts))
     class_ = CLASS[verdict] if not style else CLASS[verdict].replace("class=", 'class="s ') + ('"' if CLASS[verdict] else "")
     beneath = f" class=k{list(kept).index(cell['reference'])}" if len(kept) > 1 and shown else ""
     return f"<td{class_}{style}><a href=#{key}>{mark}</a><b id={key}{beneath}>{path}{text}</b>"
@@ -228,19 +227,22 @@ def others(windows: Sequence[str], cells: list[dict | None], verdicts: list[str]
 def grid(names: Sequence[str], first: int, rows: dict, windows: Sequence[str], references: dict, bands: tuple[float, float],
          reasons: bool, zoom: Callable | None) -> Html:
     "A table of columns and windows."
-    together = spans(windows)
+    together, alone = spans(windows), len(spans(windows)) == len(windows)
     heads = "".join(f"<th scope=col><span>{escape(windows[span[0]])}</span>" for span in together)
     body = []
     for at, name in enumerate(names, first):
         parts = [[rows[name][place] for place in span] for span in together]
         worst = [gravest(part, bands) for part in parts]
         kept = scales(name, [part[most] for part, (most, _) in zip(parts, worst)], references)
-        line = "".join(cell_html(f"{at}-{span[0]}", windows[span[0]:span[-1] + 1], part, *most, kept, reasons, zoom)
+        line = "".join(cell_html(f"{at}-{span[0]}", windows[span[0]:span[-1] + 1], part, *most, kept, reasons, zoom, alone)
                        for span, part, most in zip(together, parts, worst))
         body.append(f'<tr><th scope=row title="{escape(name)}">{escape(name)}</th>{line}{panel_of(name, at, kept)}')
     many = "heat many" if len(together) > 14 else "heat"
-    table = f'<table class="{many}"><thead><tr><th scope=row>column</th>{heads}</thead><tbody>{"".join(body)}</tbody></table>'
-    return tag("div", Html(table), class_="scroll")
+    least = 104 + len(together) * (48 if many == "heat" else 20)
+    top = f"<thead><tr><th scope=row>column</th>{heads}<td class=z></thead>"
+    table = Html(f"{top}<tbody>{''.join(body)}</tbody>")
+    style = f"min-width:{least}px;max-width:{200 + len(together) * 110}px"
+    return tag("div", tag("table", table, class_=many, style=style), class_="scroll")
 
 
 REASONS = 2500  # cells whose reasons a page has room for
@@ -278,4 +280,4 @@ def legend(watch: float, act: float, windows: Sequence[str]) -> Html:
     together = max((len(span) for span in spans(windows)), default=1)
     how = f" Each cell holds {together} windows, a sliver each, and opens the worst of them." if together > 1 else ""
     words = f"Population stability index against the reference, worst column first. A cell opens its two distributions.{how}"
-    return tag("p", words, tag("br"), tag("span", *keys, class_="legend shades"), class_="soft small")
+    return tag("p", words, tag("span", *keys, class_="legend shades"), class_="soft small")

@@ -71,7 +71,7 @@ def buttons(alert: dict) -> Html:
              form(alert, "mute", "Mute", field("for", tag("select", *lengths, name_="until")), words_field("why")))
     end = form(alert, "close", "Close", words_field("reason", required=""))
     taken = alert["status"] == "acknowledged"
-    take = form(alert, "acknowledge", "Add a note" if taken else "I am on it", words_field("note"))
+    take = form(alert, "acknowledge", "Take it over, or add a note" if taken else "I am on it", words_field("note"))
     return tag("div", take, quiet, tag("details", tag("summary", "Close it by hand"), end), class_="acts")
 
 # %% ../../nbs/9_show/96g_incidents.ipynb #ad1c6724
@@ -98,7 +98,7 @@ def incident(alert: dict, able: bool) -> Html:
 INCIDENTS = """
 .ax .incident{border:1px solid #e6eaee;border-radius:10px;padding:14px 18px;margin:14px 0;overflow-wrap:anywhere}
 .ax .incident h3{font-size:16px;margin:0 0 4px;font-weight:600} .ax .incident h3 .pill{margin-right:8px}
-.ax .incident:target{outline:2px solid #0b5fa5}
+.ax .incident code{white-space:normal} .ax .incident:target{outline:2px solid #0b5fa5}
 .ax .acts{display:flex;flex-wrap:wrap;gap:8px 22px;align-items:center;margin:10px 0 2px}
  .ax .acts form{display:flex;gap:8px;align-items:center;flex-wrap:wrap}
 .ax .acts label{font-size:13px;color:#5a6673;display:flex;gap:6px;align-items:center} .ax .acts details{margin:0}

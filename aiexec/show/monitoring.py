@@ -66,7 +66,7 @@ def watched(
     return Watched(usecase, windows, drift, references, metrics, begun(rows), found, standing(usecase, ledger),
                    max(stamps, default=""))
 
-
+# %% ../../nbs/9_show/96h_monitoring.ipynb #e40e32bb
 FIGURES = ("window", "kind", "name", "value", "verdict", "version", "at")
 
 
@@ -147,6 +147,8 @@ def cost_card(seen: Watched) -> Html:
     "What is lost in a week."
     costs = [alert["cost"] for alert in standing_first(seen.alerts) if alert["cost"]]
     told = [cost for cost in costs if known(cost["amount"])]
+    if not standing_first(seen.alerts) and not newest_told(seen):
+        return card("What it costs", "Cannot tell", "no outcomes are known yet")
     if not standing_first(seen.alerts):
         return card("What it costs", "Nothing", "no alert is open")
     if not told:
@@ -166,11 +168,12 @@ def cards(seen: Watched) -> list[Html]:
     left = [alert for alert in open_ones if alert["status"] != "acknowledged"]
     who = ", ".join(takers) if takers else "Nobody yet" if left else "Nobody needed"
     beside = f"{len(left)} of {len(open_ones)} open alerts not taken; " if left else ""
+    who = tag("span", who, style="font-size:16px") if len(who) > 14 else who
     made = [cost_card(seen), card("Who is on it", who, f"{beside}owner {seen.usecase.owner}")]
     for line in seen.usecase.success[:2]:
         told = [(window, cell) for window, cell in zip(seen.windows, seen.metrics[line.metric]) if known(cell.get("value"))]
         if told:
-            window, cell = told[-1]
+            window, cell = ([pair for pair in told if mature(pair[1])] or told)[-1]
             firm = "" if mature(cell) else ", early"
             word = "kept" if line.holds(cell["value"]) else "missed"
             figure = written(line.metric, seen)(cell["value"])
@@ -229,7 +232,13 @@ def body(
             heat(seen.drift, seen.windows, seen.references, psi.watch, psi.act, zoom if able else None)]
 
 # %% ../../nbs/9_show/96h_monitoring.ipynb #32e09ceb
-MORE = Html(HEAT + INCIDENTS + ".ax .broad{grid-column:1/-1} .ax .tell{margin-left:14px}")
+MORE = Html(HEAT + INCIDENTS + """
+.ax .broad{grid-column:1/-1;margin-top:0} .ax .tell{margin-left:14px} .ax figcaption>span{min-height:0}
+.ax .cards{grid-template-columns:repeat(auto-fit,minmax(210px,1fr))}
+.ax .card .figure{font-size:20px;line-height:1.3;white-space:normal;overflow-wrap:anywhere;margin:2px 0 4px}
+@media(max-width:640px){.ax{padding:20px 16px 48px} .ax .chart{overflow-x:auto}
+ .ax .chart>svg{min-width:440px} .ax .broad .chart>svg{min-width:900px}}
+""")
 
 
 def header(seen: Watched, able: bool, all_of: bool) -> Html:
@@ -238,7 +247,8 @@ def header(seen: Watched, able: bool, all_of: bool) -> Html:
     here = f"usecase={quote(usecase.name)}"
     way = tag("a", "← The whole use case", href=f"usecase.ipynb?{here}", class_="small") if able else None
     back = tag("a", "All windows", href=f"monitoring.ipynb?{here}", class_="small tell") if able and not all_of else None
-    stretch = f"{seen.windows[0]} to {seen.windows[-1]}, {len(seen.windows)} windows" if seen.windows else "no window yet"
+    stretch = f"{seen.windows[0]} to {seen.windows[-1]}, {len(seen.windows)} windows" if seen.windows[1:] else "one window"
+    stretch = stretch if seen.windows else "no window yet"
     when = f"as of {seen.newest[:10]} {seen.newest[11:16]} UTC" if seen.newest else None
     facts = [fact for fact in (usecase.department, f"ask: {usecase.owner}", stretch, when) if fact]
     return tag("header", way, back, tag("h1", f"{usecase.title}: is it all right?"),
