@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MOMENT', 'CLOCK', 'EPOCHS', 'KEY', 'LEAST_KEYS', 'KEPT', 'NAMES', 'moments', 'numbered_moments', 'rising_of', 'Tally',
-           'named_once', 'outline', 'tally', 'outside', 'merged', 'two_merged', 'absent']
+           'named_once', 'single', 'outline', 'tally', 'outside', 'merged', 'two_merged', 'absent']
 
 # %% ../../nbs/6_monitor/60a_tallies.ipynb #029f8889
+import datetime
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -21,36 +22,45 @@ from ..errors import DataError
 from .profiles import Column, Profile, count, count_labels, kind_of, label_counts, merge_columns, profile
 
 # %% ../../nbs/6_monitor/60a_tallies.ipynb #cbdb81ad
-MOMENT = re.compile(r"\s*(\d{4}([-/.])\d{1,2}(\2\d{1,2})?|\d{1,2}([-/.])\d{1,2}\4\d{4}|\d{1,2}([-/])\d{1,2}\5\d{2}"
-                    r"|\d{1,2}[- ][A-Za-z]{3,9}[- ]\d{2,4}|[A-Za-z]{3,9} \d{1,2}, ?\d{4})([T ]\d{1,2}:\d{2}.*)?\s*")
-CLOCK = re.compile(r"(^|_)(time|timestamp|date|datetime|ts|at|on|epoch|since|until)$", re.IGNORECASE)
+MOMENT = re.compile(r"\s*([A-Z][a-z]{2,8},? )?(\d{4}([-/.])\d{1,2}(\3\d{1,2})?|\d{1,2}([-/.])\d{1,2}\5\d{4}|\d{1,2}([-/])\d{1,2}\6\d{2}"
+                    r"|\d\d\.\d\d\.\d\d|\d{1,2}[- ][A-Za-z]{3,9}[- ]\d{2,4}|[A-Z][a-z]{2,8}\.? \d{1,2}(, ?| )\d{4})([T ]\d{1,2}:\d{2}.*)?\s*")
+CLOCK = re.compile(r"(^|_)(time|timestamp|date|datetime|ts|at|on|epoch|since|until|utc|unix|created|updated|modified)(_(ms|us|ns|s|utc|sec))?$"
+                   r"|unix_?time|(?-i:[a-z](Time|Date|Timestamp|At|Epoch)(Ms|Utc)?$)", re.IGNORECASE)
 EPOCHS = {"s": (5e8, 4.2e9), "ms": (5e11, 4.2e12), "us": (5e14, 4.2e15), "ns": (5e17, 4.2e18)}  # from 1985 to 2103
 
 
-def moments(series: pd.Series) -> pd.Series | None:  # in UTC, without zone
+def moments(
+    series: pd.Series,
+    told: bool = False,  # whether somebody said that it holds moments: then years and any clock's count will do
+) -> pd.Series | None:  # without zone: as its own clocks show it, or in UTC when it is text; NaT where it cannot be read
     "A column as moments, when that is what it holds."
-    first, texts = False, series.dropna().head(200)
-    if series.dtype.kind in "iu":
-        return numbered_moments(series)
-    if not pd.api.types.is_datetime64_any_dtype(series):
-        if not len(texts) or not all(isinstance(each, str) and MOMENT.fullmatch(each) for each in texts):
-            return None
-        heads = [re.match(r"\s*(\d{1,2})[-/.]", each) for each in texts]
-        first = all(heads) and ("." in texts.iloc[0][:6] or any(int(head[1]) > 12 for head in heads))
+    if series.dtype.kind in "iuf":
+        return numbered_moments(series, told)
+    if pd.api.types.is_datetime64_any_dtype(series):
+        return series.dt.tz_localize(None)
+    texts = series.dropna().head(200)
+    texts = texts[[isinstance(each, str) and bool(MOMENT.fullmatch(each)) for each in texts]]
+    if not len(texts) or len(texts) < 0.9 * min(200, series.notna().sum()):
+        return None
+    heads = [re.match(r"\s*(\d{1,2})[-/.]", each) for each in texts]
+    first = all(heads) and ("." in texts.iloc[0][:6] or any(int(head[1]) > 12 for head in heads))
     found = pd.to_datetime(series, errors="coerce", utc=True, format="mixed", dayfirst=first).dt.tz_localize(None)
     return found if found.notna().sum() >= 0.9 * series.notna().sum() else None
 
-
-def numbered_moments(series: pd.Series) -> pd.Series | None:
-    "Whole numbers as moments: 20240131, or a clock's count in a column called so."
-    if not len(series.dropna()):
+# %% ../../nbs/6_monitor/60a_tallies.ipynb #90b7678e
+def numbered_moments(series: pd.Series, told: bool = False) -> pd.Series | None:  # told: that it holds moments
+    "Numbers as moments: 20240131, or a clock's count in a column called so."
+    known = series.dropna()
+    if not len(known) or not np.isfinite(known.to_numpy(dtype=float)).all():
         return None
-    low, high = series.min(), series.max()
-    if 19_000_101 <= low and high <= 21_001_231:
-        found = pd.to_datetime(series.astype("string"), format="%Y%m%d", errors="coerce")
-        return found if found.notna().sum() >= 0.99 * series.notna().sum() else None
+    low, high = known.min(), known.max()
+    if series.dtype.kind == "f" and high < 3e7 and not (known % 1 == 0).all():
+        return None
+    if 19_000_101 <= low and high <= 21_001_231 or told and 1900 <= low and high <= 2100:
+        found = pd.to_datetime(series.astype("Int64").astype("string"), format="%Y%m%d" if low > 2100 else "%Y", errors="coerce")
+        return found if found.notna().sum() >= 0.99 * len(known) else None
     units = [unit for unit, (least, most) in EPOCHS.items() if least < low and high < most]
-    return pd.to_datetime(series, unit=units[0]) if units and CLOCK.search(str(series.name)) else None
+    return pd.to_datetime(series, unit=units[0]) if units and (told or CLOCK.search(str(series.name))) else None
 
 # %% ../../nbs/6_monitor/60a_tallies.ipynb #4366bd9e
 KEY = re.compile(r"(^|_)(id|ids|key|uuid|guid|index|rownum|row|no|nr|number)$|^unnamed: 0$|(?-i:[a-z](Id|ID|Key))$",
@@ -94,11 +104,23 @@ class Tally:
 
 # %% ../../nbs/6_monitor/60a_tallies.ipynb #8a5293d9
 def named_once(table: pd.DataFrame) -> pd.DataFrame:
-    "The table with names as text; raises `DataError` when two are the same."
+    "The table with names as text and each value of its own; raises `DataError` when two names are the same."
     table = table.rename(columns=str)
     for name in table.columns[table.columns.duplicated()]:
         raise DataError(f"Two columns are named '{name}'.", "Rename one of them.")
-    return table
+    return table.assign(**{name: found for name in table if (found := single(table[name])) is not None})
+
+
+def single(series: pd.Series) -> pd.Series | None:  # None: as it is
+    "Durations and times of day in seconds; lists and records as text."
+    if series.dtype.kind == "m":
+        return series.dt.total_seconds()
+    first = next(iter(series.dropna().head(1)), None) if series.dtype == object else None
+    if isinstance(first, (list, dict, tuple, np.ndarray)):
+        return series.map(str, na_action="ignore")
+    if isinstance(first, datetime.time):
+        return series.map(lambda at: at.hour * 3600 + at.minute * 60 + at.second + at.microsecond / 1e6, na_action="ignore").astype(float)
+    return None
 
 
 def outline(sample: pd.DataFrame, bins: int = 100) -> Profile:

@@ -18,7 +18,7 @@ import pandas as pd
 from ..errors import did_you_mean
 from .drift import untold
 from .evidence import Sign, coarse, discovered, missing_sign, new_sign, range_sign, shape_sign, smallest_seen
-from .multivariate import joint
+from .multivariate import ALL_LOOKS, joint
 from .pieces import Pieces, pieces_of
 from .profiles import Column, Profile
 from .tallies import Tally, merged, moments, outline, tally
@@ -191,7 +191,8 @@ def compare(
     shared = [name for name in before if figures[name]]
     together = {"verdict": "cannot tell", "why": "Nobody looked at all columns together."}
     if jointly:
-        together = joint(base.tally.sample[shared], current.sample[shared], spread.get(JOINTLY, 0.5))
+        usual = {look: spread[JOINTLY + look] for look in ALL_LOOKS if JOINTLY + look in spread}
+        together = joint(base.tally.sample[shared], current.sample[shared], usual)
     return Window(window, current.rows, window_verdict(columns, together), columns, together)
 
 # %% ../../nbs/6_monitor/61c_windows.ipynb #1efecea8
