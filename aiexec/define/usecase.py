@@ -238,6 +238,7 @@ class Serve(Specification):
     mask: tuple[str, ...] = Field(default=(), strict=False)  # inputs, or key, that are logged as a keyed hash
     drop: tuple[str, ...] = Field(default=(), strict=False)  # inputs, or key, that are not logged
     shadow: bool = True  # a challenger newer than the champion scores each request as well, and answers none
+    keep_days: int | None = Field(default=None, ge=1)  # that predictions are kept, at least until labels come
     canary: Canary = Canary()
 
     @model_validator(mode="after")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXAMINATIONS', 'Check', 'look', 'folder', 'database', 'tracking', 'definitions', 'registry', 'told', 'heard',
-           'kernel', 'extras', 'examine']
+           'answers', 'kernel', 'extras', 'examine']
 
 # %% ../../nbs/8_govern/88_doctor.ipynb #efc2dc12
 import shutil
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Callable
 
-from ..define.usecase import load_usecase, names
+from ..define.usecase import list_usecases, load_usecase, names
 from ..errors import AiexecError
 from ..files import writing
 from .audit import verify_chain
@@ -25,6 +25,7 @@ from ..model.webhooks import due, webhooks
 from ..monitor.channels import address_of, channel
 from ..monitor.telling import waiting
 from ..run.signature import check_notebook
+from ..serve.retention import retire_all
 from ..settings import Settings
 from ..store import open_ledger
 
@@ -122,6 +123,14 @@ def heard(settings: Settings) -> str:
         address_of(one, ledger)
     return f"told to {', '.join(one.name for one in known)}" if known else "nobody is told: write alert_channels in settings.ini"
 
+# %% ../../nbs/8_govern/88_doctor.ipynb #1a0bb7b9
+def answers(settings: Settings) -> str:
+    "What of the prediction logs need not be kept; it is removed, as the use cases say."
+    keeping = [usecase for usecase in list_usecases(settings) if usecase.serve.keep_days]
+    if done := retire_all(settings):
+        return " ".join(map(str, done))
+    return f"nothing to remove: {len(keeping)} logs have an end" if keeping else "kept for ever"
+
 # %% ../../nbs/8_govern/88_doctor.ipynb #97600e62
 def kernel(settings: Settings) -> str:
     "Whether this environment's Python can be a kernel."
@@ -145,7 +154,8 @@ def extras(settings: Settings) -> str:
 
 # %% ../../nbs/8_govern/88_doctor.ipynb #38eeea23
 EXAMINATIONS = {"folder": folder, "ledger": database, "tracking": tracking, "use cases": definitions,
-                "registry": registry, "webhooks": told, "alerts": heard, "kernel": kernel, "extras": extras}
+                "registry": registry, "webhooks": told, "alerts": heard, "predictions": answers, "kernel": kernel,
+                "extras": extras}
 
 
 def examine(

@@ -21,13 +21,13 @@ from .answering import Batch, NotReady, Standing, Voice, answer, ask, part, soun
 from .aside import Aside, Lagging
 from .canary import CanaryMove, as_service, serve_section, stop_canary
 from .days import Answered
-from .errands import Errand, telling
+from .errands import retiring, telling
 from .lookout import Versions, Wanted, wanted
 from .models import Column, Served
 from .predictions import PredictionLog, predictions_folder
 from .trial import Trial
 from ..settings import Settings
-from ..store import Ledger, open_ledger
+from ..store import Ledger, now, open_ledger
 
 # %% ../../nbs/5_serve/52c_live.ipynb #ed1e3e14
 class Named:
@@ -48,7 +48,8 @@ class Named:
         self.ledger = open_ledger(ledger) if isinstance(ledger, Settings) else ledger
         self.fixed = Wanted(version) if version or ledger is None else None
         self.alias, self.log = alias, log
-        self.shadowing = serve_section(name, self.ledger.settings).shadow if shadow is None and self.ledger else bool(shadow)
+        section = serve_section(name, self.ledger.settings) if self.ledger else None
+        self.shadowing = section.shadow if shadow is None and section else bool(shadow)
         self.standing: Standing | None = None
         self.faults: tuple[str, ...] = ()
         self.counts: Counter = Counter()  # rows by version and role
@@ -58,7 +59,9 @@ class Named:
         self.aside: Aside | None = None  # where a canary works
         self.lagging: Lagging | None = None  # where a shadow does
         self.trial: Trial | None = None  # of the canary
-        self.telling: Errand | None = telling(str(self.ledger.settings.root)) if self.ledger else None
+        root = str(self.ledger.settings.root) if self.ledger else ""
+        self.telling = telling(root) if root else None
+        self.retiring = retiring(root) if root and log and section.keep_days else None
 
 # %% ../../nbs/5_serve/52c_live.ipynb #b9867973
 class Standings(Named):
@@ -248,7 +251,7 @@ class Looking(Following):
 
     def __init__(self, *given, every: float = 1.0, **more):  # every: seconds between two looks
         super().__init__(*given, **more)
-        self.every, self.ended, self.turn = every, Event(), Lock()
+        self.every, self.ended, self.turn, self.day = every, Event(), Lock(), ""
         self.thread: Thread | None = None
 
     def look(self) -> None:
@@ -261,14 +264,21 @@ class Looking(Following):
                     logging.getLogger(__name__).warning("The canary of %s was taken back. %s", self.name, finding.why)
                     self.telling.want()
                     self.follow()
-                if self.telling:
-                    self.telling.look()
                 if self.log:
                     self.log.tidy()
+                self.send()
             except Exception as why:  # the thread must live, and what answers goes on
                 self.faults = (f"The ledger cannot be followed: {getattr(why, 'problem', None) or repr(why)}",)
         if self.why != before:
             logging.getLogger(__name__).warning("%s is %s. %s", self.name, self.state, self.why)
+
+    def send(self) -> None:
+        "Look after the errands."
+        if self.retiring and self.day != (today := now()[:10]):
+            self.day = today
+            self.retiring.want()
+        for errand in filter(None, (self.telling, self.retiring)):
+            errand.look()
 
 # %% ../../nbs/5_serve/52c_live.ipynb #cf4d3378
 class Live(Looking):
@@ -291,7 +301,7 @@ class Live(Looking):
         self.ended.set()
         if self.thread:
             self.thread.join(30)
-        for beside in filter(None, (self.lagging, self.aside, self.trial, self.telling)):
+        for beside in filter(None, (self.lagging, self.aside, self.trial, self.telling, self.retiring)):
             beside.close()
 
 # %% ../../nbs/5_serve/52c_live.ipynb #5b83ade2
