@@ -19,6 +19,7 @@ from sklearn.linear_model import LogisticRegression
 
 from aiexec.data.datasets import read
 from aiexec.model.registry import find_version, promote, register
+from aiexec.model.webhooks import add_webhook
 from aiexec.serve.batch import score_batch
 from aiexec.serve.canary import canary_moves, running_canary, start_canary
 from aiexec.serve.archive import compact
@@ -32,6 +33,7 @@ from aiexec.store import Ledger, now, open_ledger
 
 from .conftest import answer
 from .test_service import Served as Service
+from .test_webhooks import receiver  # noqa: F401, a fixture
 
 FORK = get_context("fork")  # a fresh interpreter each would take seconds to import what is already here
 KILLS = int(os.environ.get("KILLS", "50"))  # KILLS=1000 python -m pytest tests/test_rollout.py -k killed
@@ -268,6 +270,26 @@ def test_a_failing_canary_is_taken_back_once_by_all_workers_and_costs_no_answer(
     assert "a carrier that nobody knows" in event.body["figures"]["last_error"]
     frame = read_predictions(predictions_folder("flights", ledger.settings))
     assert sorted(frame["prediction_id"]) == sorted(told) and set(frame["version"]) == {"1"}
+
+
+def test_a_service_that_takes_a_canary_back_tells_webhooks_itself(ledger, receiver):
+    add_webhook(ledger, receiver.url, ["canary.rolled_back"], private=True)
+    receiver.statuses = [500]  # it is asked again when it said that it may be
+    wider = pd.DataFrame(np.column_stack([ROWS, ROWS[:, 0]]), columns=["hour", "distance", "visib"])
+    fitted = LogisticRegression().fit(wider, ROWS[:, 0] > 15)  # needs what nobody sends: it fails on every row
+    version = register("flights", fitted, wider, metrics={}, trained_on={}, ledger=ledger)
+    service = Service("flights", "--workers", "2", cwd=ledger.settings.root)
+    try:
+        start_canary("flights", version, percent=50, reason="a look", ledger=ledger)
+        body = {"instances": ROWS.tolist()}
+        waited(lambda: service.ask("/invocations", body)[0] != 200 or not running_canary("flights", ledger), "it was never taken back")
+        assert service.ask("/invocations", body)[0] == 200
+        waited(lambda: len(receiver.got) > 1, "the receiver was never told")
+    finally:
+        assert service.end() == 0, service.said()
+    [first, second] = [json.loads(body) for _, body in receiver.got]
+    assert first == second and first["type"] == "canary.rolled_back" and first["data"]["version"] == version
+    assert len(set(receiver.ids())) == 1 and first["data"]["actor"] == "aiexec serve"
 
 
 def test_a_sound_canary_goes_on_when_the_worker_that_looks_is_killed(ledger):
