@@ -40,11 +40,12 @@ def points() -> list[int]:
 
 
 def struck_at(root: Path, sign: str) -> str:
-    """The system call that the fault struck, and the file that it was about."""
+    """The system call that the fault struck, and the file that it was about; a bell between threads, if one was."""
     path = root / "tmp" / "calls"
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     path.unlink(missing_ok=True)
-    hit = next((line for line in lines if sign in line), "")
+    hits = [line for line in lines if sign in line]
+    hit = next((line for line in hits if re.search("<(anon_inode|socket|pipe):", line)), hits[0] if hits else "")
     call = re.sub(r"^\d+\s+", "", hit).split("(")[0]
     about = re.search(re.escape(str(root)) + r"/([^>\"]*)", hit)
     other = re.search(r"<([^>]*)", hit)
