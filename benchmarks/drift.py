@@ -1,11 +1,12 @@
 """Drift of 1,000,000 × 20 (16 numeric, 4 text): `aiexec drift` beside a bare numpy index, and Evidently and NannyML where they are.
 
-python benchmarks/drift.py [ROUNDS] [--evidently PYTHON] [--nannyml PYTHON] [--rows 1000000] [--long 20000000]
+python benchmarks/drift.py [ROUNDS] [--evidently PYTHON] [--nannyml PYTHON] [--rows 1000000] [--long 20000000]   (0 rounds: the long table only)
 Evidently 0.7 wants pandas 2, NannyML 0.13 wants statsmodels: each is asked in an environment of its own, given by its python."""
 
 import argparse
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -126,8 +127,10 @@ def long(folder: Path, rows: int) -> None:
     import pyarrow.parquet as pq
 
     table = pa.Table.from_pandas(batch(1_000_000, 0), preserve_index=False)
-    sizes = (rows // 4, rows)
-    for size in sizes:
+    needed, free = 180 * rows, shutil.disk_usage(folder).free
+    if needed > free / 2:
+        raise SystemExit(f"{rows:,} rows take about {needed / 1e9:.0f} GB of {free / 1e9:.0f} GB that are free: set TMPDIR, or ask for fewer.")
+    for size in (rows // 4, rows):
         with pq.ParquetWriter(folder / f"{size}.parquet", table.schema) as writer:
             for _ in range(size // len(table)):
                 writer.write_table(table, row_group_size=250_000)
@@ -151,17 +154,18 @@ if __name__ == "__main__":
     said = words.parse_args()
     with tempfile.TemporaryDirectory() as place:
         files = written(Path(place), said.rows)
-        tables = [pd.read_parquet(file) for file in files]
-        print(f"{said.rows:,} rows × 20, in memory")
-        tell(in_turn(said.rounds, {"bare numpy, numbers only": lambda: bare(*tables), "aiexec, every column's tests": lambda: per_column(*tables),
-                                   "aiexec, all columns together too": lambda: in_memory(*tables)}))
-        del tables
-        (Path(place) / "bare.py").write_text(BARE, encoding="utf-8")
-        print("whole commands, with reading")
-        tell(in_turn(said.rounds, {"bare numpy, numbers only": lambda: seconds(sys.executable, "bare.py", *files, cwd=Path(place)),
-                                   "aiexec drift": lambda: seconds(AIEXEC, "drift", *files, cwd=Path(place))}))
-        stored()
-        peer(said.nannyml, "NannyML, KS + chi-squared; with Jensen–Shannon and Wasserstein", NANNYML, files)
-        peer(said.evidently, "Evidently, its defaults", EVIDENTLY, files)
+        if said.rounds:
+            tables = [pd.read_parquet(file) for file in files]
+            print(f"{said.rows:,} rows × 20, in memory")
+            tell(in_turn(said.rounds, {"bare numpy, numbers only": lambda: bare(*tables), "aiexec, every column's tests": lambda: per_column(*tables),
+                                       "aiexec, all columns together too": lambda: in_memory(*tables)}))
+            del tables
+            (Path(place) / "bare.py").write_text(BARE, encoding="utf-8")
+            print("whole commands, with reading")
+            tell(in_turn(said.rounds, {"bare numpy, numbers only": lambda: seconds(sys.executable, "bare.py", *files, cwd=Path(place)),
+                                       "aiexec drift": lambda: seconds(AIEXEC, "drift", *files, cwd=Path(place))}))
+            stored()
+            peer(said.nannyml, "NannyML, KS + chi-squared; with Jensen–Shannon and Wasserstein", NANNYML, files)
+            peer(said.evidently, "Evidently, its defaults", EVIDENTLY, files)
         if said.long:
             long(Path(place), said.long)

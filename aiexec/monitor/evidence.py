@@ -107,10 +107,10 @@ def wasserstein(reference: Column, current: Column) -> float | None:  # in inter
     edges = np.array([min(ends), *reference.cells, max(ends)])
     shares = [np.cumsum(column.counts) / column.values for column in (reference, current)]
     lower, upper = np.interp([0.25, 0.75], np.append(0, shares[0]), edges)
-    if upper <= lower:
-        return None
     gaps = np.append(0, np.abs(shares[0] - shares[1]))
-    return float((np.diff(edges) * (gaps[1:] + gaps[:-1]) / 2).sum() / (upper - lower))
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        found = np.divide((np.diff(edges) * (gaps[1:] + gaps[:-1]) / 2).sum(), upper - lower)
+    return float(found) if np.isfinite(found) else None
 
 # %% ../../nbs/6_monitor/61a_evidence.ipynb #3cf89fad
 @dataclass(frozen=True)

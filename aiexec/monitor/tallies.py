@@ -170,11 +170,11 @@ def outside(series: pd.Series, column: Column, low: float, high: float) -> int:
 
 # %% ../../nbs/6_monitor/60a_tallies.ipynb #2f3bd252
 def merged(tallies: Iterable[Tally], keep: int = KEPT) -> Tally:
-    "The tally of all their rows, in this order; raises `DataError` when there is none."
-    tallies = list(tallies)
-    if not tallies:
+    "The tally of all their rows, in this order, one held at a time; raises `DataError` when there is none."
+    found = reduce(lambda one, other: other if one is None else two_merged(one, other, keep), tallies, None)
+    if found is None:
         raise DataError("There is nothing to merge.", "Give at least one tally.")
-    return reduce(lambda one, other: two_merged(one, other, keep), tallies)
+    return found
 
 
 def two_merged(one: Tally, other: Tally, keep: int = KEPT) -> Tally:
