@@ -80,9 +80,10 @@ def compared(usecase, settings, ledger, html: str | None) -> Answer:
         from aiexec.run.page import write_page
 
         write_page(page, Path(html))
-    rules = [{"rule": row["rule"], "money": round(row["money"]), "Brier score": f"{row['brier']:.4f}", "versions": row["versions"],
-              "proposals": row["proposals"]} for row in read(made["rules"], usecase.name, ledger).to_dict("records")]
-    text = "\n\n".join([table(rows=rules, title="Rules"), made["story"].replace(". ", ".\n"), f"The page: {html or page}"])
+    found = read(made["rules"], usecase.name, ledger).to_dict("records")
+    rules = [{"rule": row["rule"], "money": round(row["money"]), "Brier score": f"{row['brier']:.4f}",
+              **{name: row[name] for name in ("versions", "proposals")}} for row in found]
+    text = "\n\n".join([table(rules, "Rules"), made["story"].replace(". ", ".\n"), f"The page: {html or page}"])
     outputs = {name: value for name, value in made.items() if isinstance(value, (str, bool)) and name != "run"}
     return Answer({"usecase": usecase.name, "months": months, "rules": rules, "page": str(html or page), **outputs}, text)
 

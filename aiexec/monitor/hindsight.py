@@ -314,5 +314,6 @@ def aftermath(life: Life) -> pd.DataFrame:  # a row a proposal
             gain |= {"brier after": sums[1, 0] / sums[1, 1] - sums[0, 0] / sums[0, 1], "money after": sums[1, 2] - sums[0, 2]}
         taught = life.models[one["version"] - 1]
         rows.append({**one, "taught by": f"{taught[0]} to {taught[-1]}", **gain})
-    columns = ["window", "why", "version", "against", "taught by", "gate", "outcome", "months after"]
-    return pd.DataFrame(rows).reindex(columns=[*columns, "brier after", "money after"])
+    kinds = {"window": str, "why": str, "version": int, "against": int, "taught by": str, "gate": str, "outcome": str,
+             "months after": int, "brier after": float, "money after": float}
+    return pd.DataFrame(rows, columns=list(kinds)).astype(kinds)
