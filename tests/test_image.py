@@ -1,5 +1,6 @@
 """The folder of an image is complete, and an image built from it answers as the library does."""
 
+import ctypes
 import json
 import os
 import re
@@ -14,12 +15,15 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import orjson
 import pandas as pd
 import pytest
 import yaml
 from sklearn.ensemble import HistGradientBoostingClassifier
 
 from aiexec.model.registry import promote, register
+from aiexec.serve.image import requirements
+from aiexec.serve.predictions import read_predictions
 from aiexec.serve.scorer import load_scorer
 from aiexec.settings import Settings
 from aiexec.store import open_ledger
@@ -170,6 +174,42 @@ def test_serving_takes_no_more_than_what_is_installed_and_every_probe_is_answere
         process.terminate()
         assert process.wait(60) == 0
     assert list((tmp_path / "predictions").glob("day=*/*")), "what was answered is logged"
+    assert len(read_predictions(tmp_path / "predictions")) == 2 * len(ROWS)
+    assert "pyarrow" not in (folder / "requirements.txt").read_text()
+
+
+def test_pyarrow_comes_along_when_it_is_asked_for_or_the_model_keeps_rows_as_parquet(project, folder, tmp_path):
+    answer("image", "flight_delays", "-o", tmp_path / "asked", "--parquet", cwd=project)
+    assert "pyarrow==" in (tmp_path / "asked" / "requirements.txt").read_text()
+    model = shutil.copytree(folder / "model", tmp_path / "model")
+    ROWS.head().to_parquet(model / "background.parquet")
+    assert "pyarrow" in requirements(model) and "pyarrow" not in requirements(folder / "model")
+
+
+def test_what_builds_the_image_takes_out_what_serving_never_reads(tmp_path):
+    site = tmp_path / "lib" / "python3.11" / "site-packages"
+    for name in ("skops/io.py", "skops/tests/test_io.py", "skops/__pycache__/io.pyc", "numpy/core.pyx", "setuptools/__init__.py"):
+        (site / name).parent.mkdir(parents=True, exist_ok=True)
+        (site / name).write_text("x")
+    extension = Path(orjson.__file__).with_name(next(path.name for path in Path(orjson.__file__).parent.glob("*.so")))
+    shutil.copy(extension, site / extension.name)
+    (site / "text.so").write_text("no program")
+    subprocess.run([sys.executable, ROOT / "templates" / "image" / "make" / "slim.py", tmp_path], check=True)
+    assert sorted(path.relative_to(site).as_posix() for path in site.rglob("*") if path.is_file()) == \
+        sorted(["skops/io.py", extension.name, "text.so"])
+    ctypes.CDLL(str(site / extension.name))
+    assert (site / extension.name).stat().st_size <= extension.stat().st_size
+
+
+def test_a_model_that_cannot_answer_makes_no_image(folder, tmp_path):
+    trial = ROOT / "templates" / "image" / "make" / "trial.py"
+    broken = shutil.copytree(folder / "model", tmp_path / "broken")
+    (broken / "model.skops").write_bytes(b"?")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    tried = [subprocess.run([sys.executable, trial, model], env=environment(PATH=path), capture_output=True, text=True, cwd=tmp_path)
+             for model in (folder / "model", broken)]
+    assert [one.returncode for one in tried] == [0, 1], tried
+    assert "5 predictions" in tried[0].stdout and "no whole archive" in tried[1].stdout
 
 
 def test_an_image_is_refused_in_a_sentence(project, folder, tmp_path):
@@ -220,5 +260,7 @@ def test_an_image_is_built_run_and_asked(project, folder, tmp_path, capsys):
         process.stdin.close()
         assert process.wait(120) == 0, (tmp_path / "log").read_text()
         proof("drop", tag)
+    size = int(built.stdout.split()[-1]) / 1e6
     with capsys.disabled():
-        print(f"\nimage: {int(built.stdout.split()[-1]) / 1e6:,.0f} MB")
+        print(f"\nimage: {size:,.0f} MB")
+    assert size < 450, "of these the base has 128"
