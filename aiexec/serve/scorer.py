@@ -33,25 +33,29 @@ class Scorer:
     version: int
     digest: str  # of its files, as registered and as loaded
     columns: tuple[str, ...]  # the features it needs, in its order
-    model: Any  # the scikit-learn classifier
+    model: Any  # of scikit-learn: a classifier of two classes, or a regression
 
     def score(
         self,
         features: pd.DataFrame,  # one row a case; columns beyond the model's are ignored
-    ) -> np.ndarray:  # probability of the positive class, one a row
+    ) -> np.ndarray:  # one a row: the probability of the positive class; of a regression the number
         "Score rows; raises `DataError` when a column is missing or a value is none the model can take."
         missing = [column for column in self.columns if column not in features.columns]
         if missing:
             names = ", ".join(missing)
             raise DataError(f"{self.name} version {self.version} needs the columns {names}, which are missing.",
                             did_you_mean(missing[0], map(str, features.columns)))
-        if len(getattr(self.model, "classes_", ())) != 2:
-            raise DataError(f"{self.name} version {self.version} does not tell between two classes.", "Serve it: aiexec serve.")
+        classes = getattr(self.model, "classes_", None)  # a regression has none
+        if classes is not None and len(classes) != 2:
+            which = f"{self.name} version {self.version} tells between {len(classes)} classes"
+            raise DataError(f"{which}, and the steps of a month ask for one score a row.",
+                            "Serve it: aiexec serve. Or train a version that tells one class from the others.")
         if features.empty:
             return np.empty(0)
         try:
-            return self.model.predict_proba(features[list(self.columns)])[:, 1]
-        except (ValueError, TypeError) as why:
+            rows = features[list(self.columns)]
+            return np.asarray(self.model.predict(rows), float) if classes is None else self.model.predict_proba(rows)[:, 1]
+        except (ValueError, TypeError, AttributeError) as why:
             raise DataError(f"{self.name} version {self.version} cannot score these rows: {str(why).splitlines()[0]}.",
                             "Check them against the contract of the data.") from why
 
