@@ -134,12 +134,13 @@ with open_production(load_usecase("flight_delays", settings), settings, open_led
 # --- a replaced champion returns
 
 
-def shown_better(ledger, window: str, version: int, against: int, noise: tuple[float, float] = (1.0, 3.0), seed: int = 1) -> None:
+def shown_better(usecase, ledger, window: str, version: int, against: int, noise: tuple[float, float] = (1.0, 3.0), seed: int = 1) -> None:
     """Let a version in the shadow be better than the champion in a month, by far."""
     chance = np.random.default_rng(seed)
     late = (chance.random(4000) < 0.3).astype(float)
     shadow, present = (late + chance.normal(0, size, 4000) for size in noise)
-    record_shadow(ledger, "flight_delays", window, version, [compare(late, present, shadow, "roc_auc")], against=against)
+    money = compare(late, present > 1, shadow > 1, "value_per_1000", must="not be worse", value=usecase.value)
+    record_shadow(ledger, "flight_delays", window, version, [compare(late, present, shadow, "roc_auc"), money], against=against)
 
 
 @pytest.fixture
@@ -172,7 +173,7 @@ def test_a_replaced_champion_returns_when_it_proves_better_and_does_not_flap(liv
     usecase, ledger = production.usecase, production.ledger
     assert bring_back(production, "2014-01", 2) == 2, "the real shadow was not better"
     for window in ("2013-12", "2014-01"):
-        shown_better(ledger, window, 1, 2)
+        shown_better(usecase, ledger, window, 1, 2)
     assert bring_back(production, "2014-01", 2) == 2, "one of its two months is not known yet"
     assert bring_back(production, "2014-02", 2) == 1
     assert bring_back(production, "2014-02", 2) == 1, "asked again, it has returned once"
@@ -184,11 +185,11 @@ def test_a_replaced_champion_returns_when_it_proves_better_and_does_not_flap(liv
     assert int(client.get_model_version_by_alias("flight_delays", "champion").version) == 1
     # now version 2 is in the shadow; that it is better next month brings nothing back at once
     assert replaced(usecase, ledger, "2014-03", 1) == 2
-    shown_better(ledger, "2014-02", 2, 1)
+    shown_better(usecase, ledger, "2014-02", 2, 1)
     assert bring_back(production, "2014-03", 1) == 1
-    shown_better(ledger, "2014-03", 2, 1)
+    shown_better(usecase, ledger, "2014-03", 2, 1)
     assert bring_back(production, "2014-04", 1) == 1, "February was scored by version 2: one month is not two"
-    shown_better(ledger, "2014-04", 2, 1)
+    shown_better(usecase, ledger, "2014-04", 2, 1)
     assert bring_back(production, "2014-05", 1) == 2
     told = answer("retraining", "flight_delays", cwd=project)
     assert [(one["month"], one["what"], one["version"], one["outcome"]) for one in told["proposals"]][2:] == [
@@ -203,7 +204,7 @@ def test_a_shadow_that_is_worse_or_alike_does_not_return(lived):
     production, _ = lived
     for seed, noise in ((1, (3.0, 1.0)), (2, (2.0, 2.0))):
         for window in ("2013-12", "2014-01"):
-            shown_better(production.ledger, window, 1, 2, noise, seed)
+            shown_better(production.usecase, production.ledger, window, 1, 2, noise, seed)
         assert bring_back(production, "2014-02", 2) == 2
     assert "not shown to be better" in propose_return(production.usecase, production.ledger, "2014-02", 2)[1]
     assert champion("flight_delays", production.ledger) == 2
@@ -215,7 +216,7 @@ def test_where_the_risk_is_high_a_return_waits_for_people(lived):
     path.write_text(path.read_text().replace("risk: limited", "risk: high"))
     production = Production(load_usecase("flight_delays", production.settings), *list(vars(production).values())[1:])
     for window in ("2013-12", "2014-01"):
-        shown_better(production.ledger, window, 1, 2)
+        shown_better(production.usecase, production.ledger, window, 1, 2)
     assert bring_back(production, "2014-02", 2) == 2 == champion("flight_delays", production.ledger)
     waiting = proposals(production.ledger, "flight_delays")[-1]
     assert (waiting.cause, waiting.status, waiting.version) == ("return", "waiting", 1) and "aiexec rollback" in waiting.why
