@@ -13,7 +13,7 @@ from ..decide.outbox import OUTBOX
 from ..define.usecase import UseCase
 from .roi import VALUES
 from ..monitor.alerts import ALERTS
-from ..monitor.retrain import PROPOSALS
+from ..monitor.retrain import PROPOSALS, RETURN
 from ..monitor.watch import MEASUREMENTS
 from ..store import Ledger
 
@@ -38,7 +38,9 @@ def retraining(proposal: dict | None) -> str:  # such as "v2 refused"; empty wit
     "What became of the proposal to retrain."
     if proposal is None:
         return ""
-    return f"v{proposal['version']} {proposal['status']}" if proposal["version"] else proposal["status"]
+    words = {"promoted": "returned", "waiting": "waits to return"} if proposal["cause"] == RETURN else {}
+    became = words.get(proposal["status"], proposal["status"])
+    return f"v{proposal['version']} {became}" if proposal["version"] else became
 
 
 def alert_state(alerts: list[dict], window: str) -> str:  # such as "drift, performance opened"
