@@ -1,10 +1,10 @@
 """One row a request over HTTP: `aiexec serve` beside `mlflow models serve`, BentoML, MLServer and a bare ASGI loop.
 
-    python benchmarks/serving.py [SECONDS] [ROUNDS] [PEER …]     4 seconds a measurement, 3 rounds; wrk makes the requests
+    python benchmarks/serving.py [SECONDS] [ROUNDS] [PEER …]     4 seconds a measurement, 3 rounds, all peers; wrk makes the requests
 
 `aiexec serve` checks each request and has its answer on disk before it leaves; the bare loop (uvicorn, uvloop, httptools, orjson,
-one worker) does neither and shows what is possible. Peers that are named (bentoml, mlserver) are installed into an environment
-of their own and measured as well. Medians; a round measures all servers in turn.
+one worker) does neither and shows what is possible. BentoML and MLServer are installed into environments of their own; name one
+of them to leave the other out, or mlflow to leave out both. Medians; a round measures all servers in turn.
 """
 
 import json
@@ -186,7 +186,7 @@ def begin(kind: str, name: str, stored: Path, rows: pd.DataFrame, place: Path) -
 def main(seconds: float = 4, rounds: int = 3, *peers: str) -> None:
     if shutil.which("wrk") is None:
         sys.exit("wrk is not installed (Debian: apt-get install wrk).")
-    kinds = ["bare", "aiexec", "mlflow", *[peer for peer in peers if installed(peer)]]
+    kinds = ["bare", "aiexec", "mlflow", *[peer for peer in PEERS if (not peers or peer in peers) and installed(peer)]]
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         rows, stored = make_project(place)

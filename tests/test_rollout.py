@@ -292,6 +292,47 @@ def test_a_service_that_takes_a_canary_back_tells_webhooks_itself(ledger, receiv
     assert len(set(receiver.ids())) == 1 and first["data"]["actor"] == "aiexec serve"
 
 
+CASE = """
+name: flights
+title: Warn of late flights
+department: operations
+owner: ada@example.org
+risk: limited
+success: [{metric: roc_auc, at_least: 0.6}]
+value: {currency: USD, true_positive: 30, false_positive: -10, false_negative: 0, true_negative: 0, cost_per_month: 100}
+model: {name: flights}
+serve: {keep_days: 30}
+"""
+
+
+def test_old_days_of_the_log_go_by_the_service_and_by_doctor_and_no_others(ledger):
+    root = ledger.settings.root
+    (root / "usecases" / "flights").mkdir(parents=True)
+    (root / "usecases" / "flights" / "usecase.yaml").write_text(CASE)
+    days = predictions_folder("flights", ledger.settings)
+    recent = (pd.Timestamp(now()[:10]) - pd.Timedelta(days=40)).strftime("day=%Y-%m-%d")  # older than 30 days, its labels just due
+
+    def older(day: str) -> Path:
+        log = PredictionLog(days.with_name(day))
+        log.append([answered(0, 3)])
+        log.close()
+        days.mkdir(exist_ok=True)
+        return next(log.folder.glob("day=*")).rename(days / day)
+
+    before, young = older("day=2013-01-31"), older(recent)
+    service = Service("flights", "--workers", "2", cwd=root)
+    try:
+        assert service.ask("/invocations", {"instances": ROWS.tolist()})[0] == 200
+        waited(lambda: not before.exists(), "the old day stayed")
+    finally:
+        assert service.end() == 0, service.said()
+    older("day=2013-02-01")
+    doctor = answer("doctor", cwd=root)
+    assert "removed 2013-02-01" in next(one["says"] for one in doctor if one["what"] == "predictions")
+    assert [event.body["days"] for event in ledger.events(kind="predictions.removed")] == [["2013-01-31"], ["2013-02-01"]]
+    assert len(read_predictions(days)) == 3 + len(ROWS) and young.exists()
+
+
 def test_a_sound_canary_goes_on_when_the_worker_that_looks_is_killed(ledger):
     start_canary("flights", 2, percent=30, reason="a look", ledger=ledger)
     lead = predictions_folder("flights", ledger.settings) / "_canary" / "1-1" / "lead"
