@@ -273,3 +273,24 @@ def test_a_use_case_without_such_a_page_is_told_what_it_takes(month, tmp_path):
     refused = aiexec("retraining", "flight_delays", "--compare", cwd=project)
     assert refused.returncode == 1 and "has no page that compares rules" in refused.stderr, refused.stderr
     assert json.loads(aiexec("retraining", "--json", cwd=project).stdout)["proposals"] == []
+
+
+# --- months by plain commands
+
+
+def test_a_newcomer_judges_the_year_by_month_with_plain_commands(year, tmp_path):
+    told = answer("table", "evaluate.judged", "-o", tmp_path / "judged.parquet", cwd=year)
+    assert told["rows"] == 255_986 and told["parts"] == [shift("2013-04", by) for by in range(9)]
+    judged = pd.read_parquet(tmp_path / "judged.parquet")
+    assert judged.prediction_id.is_unique and judged.late.notna().mean() > 0.95
+    seen = answer("performance", tmp_path / "judged.parquet", "--target", "late", "--score", "score", "--time", "day", cwd=tmp_path)
+    assert {"2013-09", "2013-12"} <= {one["window"] for one in seen["windows"]}
+    answer("table", "ingest.flights", "-o", tmp_path / "flights.csv", "--from", "2013-01", "--to", "2013-04", cwd=year)
+    drifted = answer("drift", tmp_path / "flights.csv", "--time", "partition", cwd=tmp_path)
+    assert [one["window"] for one in drifted["windows"]][-1] == "2013-04"
+    for words, said in ((["score.prediction"], "Did you mean 'score.predictions'?"),
+                        (["score.predictions", "--from", "2014-01"], "It reaches from 2013-04 to 2013-12."),
+                        (["score.predictions", "-o", tmp_path / "year.xlsx"], "is of no format that is written")):
+        refused = aiexec("table", *words, cwd=year)
+        assert refused.returncode == 1 and said in refused.stderr, refused.stderr
+    assert not (tmp_path / "year.xlsx").exists()

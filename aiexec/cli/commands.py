@@ -14,7 +14,8 @@ import click
 
 from .output import Answer, table, verb
 from aiexec.cli import (  # noqa: F401 - their verbs register themselves
-    checking, incidents, models, packets, proving, retraining, rollout, scheduling, scoring, serving, warming, watching,
+    checking, incidents, models, packets, proving, retraining, rollout, scheduling, scoring, serving, tables, warming,
+    watching,
 )
 from .scoring import month_option, one_step
 from .work import chosen, main, opened

@@ -22,7 +22,7 @@ SECTIONS = {
     "Run": ("check", "run", "resume", "why", "runs", "verify", "reproduce", "schedule", "backfill", "warm"),
     "Models": ("models", "packet", "approve", "promote", "rollback", "retraining", "webhooks"),
     "Serve": ("serve", "canary", "keys", "score", "image"),
-    "Watch": ("monitor", "alerts", "drift", "performance"),
+    "Watch": ("monitor", "alerts", "drift", "performance", "table"),
     "Decide": ("decide", "deliver"),
     "Govern": ("roi", "portfolio", "audit"),
     "Look": ("dashboard", "lab"),
