@@ -74,8 +74,8 @@ def measured(ledger: Ledger, usecase: str) -> list[dict]:  # in the order of win
     "What was measured; a year of fifty columns is read without the reasons of what never drifted."
     seen = ledger.rows(MEASUREMENTS, usecase=usecase, kind="drift", verdict=["watch", "act", "cannot tell"])
     why = {(row["window"], row["name"]): row["detail"] for row in seen}
-    drift = [dict(zip(FIGURES, figures)) for figures in ledger.count(MEASUREMENTS, *FIGURES, usecase=usecase, kind="drift")]
-    drift = [{**row, "detail": why.get((row["window"], row["name"]))} for row in drift]
+    found = ledger.count(MEASUREMENTS, *FIGURES, usecase=usecase, kind="drift")
+    drift = [dict(zip(FIGURES, figures), detail=why.get((figures[0], figures[2]))) for figures in found]
     others = ledger.rows(MEASUREMENTS, usecase=usecase, kind=["performance", "value", "volume"])
     return sorted(drift + others, key=lambda row: row["window"])
 
