@@ -121,6 +121,7 @@ class Window:
     verdict: str  # none, watch, act or cannot tell
     columns: dict[str, dict] = field(repr=False)  # kind, psi, statistic, p, missing, verdict, why … by name
     multivariate: dict = field(repr=False)  # verdict, why and the three looks
+    profiles: tuple[Profile, Profile] | None = field(default=None, repr=False, compare=False)  # of the reference and the window
 
     def to_dict(self) -> dict:
         return {"window": self.window, "rows": self.rows, "verdict": self.verdict, "columns": self.columns,
@@ -193,7 +194,8 @@ def compare(
     if jointly:
         usual = {look: spread[JOINTLY + look] for look in ALL_LOOKS if JOINTLY + look in spread}
         together = joint(base.tally.sample[shared], current.sample[shared], usual)
-    return Window(window, current.rows, window_verdict(columns, together), columns, together)
+    profiles = base.tally.profile, current.profile
+    return Window(window, current.rows, window_verdict(columns, together), columns, together, profiles)
 
 # %% ../../nbs/6_monitor/61c_windows.ipynb #1efecea8
 def column_verdicts(before: dict, after: dict, kinds: dict, found: dict, figures: dict, act: float) -> dict[str, dict]:
