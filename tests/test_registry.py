@@ -39,7 +39,7 @@ from aiexec.serve.scorer import load_scorer
 from aiexec.settings import Settings
 from aiexec.store import Change, open_ledger
 
-from .conftest import new_database
+from .conftest import aiexec, new_database
 
 MODEL = "flight_delays"
 FORK = get_context("fork")  # a fresh interpreter each would take three seconds to import MLflow
@@ -200,6 +200,24 @@ def test_a_changed_file_is_refused_before_anything_is_loaded(project, monkeypatc
         path.write_bytes(whole)
     assert len(loads) == 1
     assert (load_scorer(MODEL, ledger=ledger).score(pd.DataFrame({"hour": [5.0, 30.0]})) == good).all()
+
+
+def test_nobody_decides_about_a_version_whose_files_changed(project):
+    settings, ledger = project
+    newest = versions(MODEL, ledger)[-1]["version"]
+    file = settings.home / find_version(MODEL, newest, ledger)["source"] / "model.skops"
+    whole, before = file.read_bytes(), (champion(MODEL, ledger), len(ledger.rows(ALIASES)))
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    words = [("promote", MODEL, newest, "--reason", "x", "--override"), ("approve", MODEL, newest, "--reason", "x"),
+             ("canary", MODEL, newest, "--reason", "x")]
+    for one in words:
+        refused = aiexec(*one, cwd=settings.root)
+        assert refused.returncode == 1 and f"files of {MODEL} version {newest} are not those" in refused.stderr, refused
+    assert (champion(MODEL, ledger), len(ledger.rows(ALIASES))) == before
+    found = look("registry", examination, settings)
+    assert not found.ok and f"{MODEL} version {newest} are not those that were registered: restore" in found.says
+    file.write_bytes(whole)
+    assert look("registry", examination, settings).ok
 
 
 def test_swapped_versions_and_files_that_are_gone_are_refused(project):

@@ -84,6 +84,7 @@ def approve(name, version, reason, reject, revoke, expires):
     aiexec approve flight_delays 3 --reason "looked at the segments"
     aiexec approve flight_delays 3 --revoke --reason "May was a holiday" """
     from aiexec.govern import approvals as people
+    from aiexec.model.registry import sound_version
 
     settings, ledger = opened()
     if reject and revoke:
@@ -95,6 +96,8 @@ def approve(name, version, reason, reject, revoke, expires):
     if revoke:
         people.revoke(name, version, reason=reason, ledger=ledger)
     else:
+        if not reject:
+            sound_version(name, version, ledger)
         people.approve(name, version, reason=reason, reject=reject, expires=expires, ledger=ledger)
     return told_on(decided(name, version, ledger), ledger)
 
@@ -151,11 +154,13 @@ def rollback(name, reason):
 
     \b
     aiexec rollback flight_delays --reason "it missed the storm" """
-    from aiexec.model.registry import champion
+    from aiexec.model.registry import champion, lineage, sound_version
     from aiexec.model.registry import rollback as back
 
     _, ledger = opened()
-    before = champion(name, ledger)
+    before, line = champion(name, ledger), lineage(name, ledger)
+    if len(line) > 1:
+        sound_version(name, line[-2], ledger)
     back(name, reason=reason, ledger=ledger)
     now = champion(name, ledger)
     text = f"Champion of {name}: version {now} (before: {before})"

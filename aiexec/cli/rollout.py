@@ -34,6 +34,7 @@ def canary(name, version, percent, reason, stop, errors, slower):
     aiexec canary flight_delays 4 --percent 10 --reason "trained on April"
     aiexec canary flight_delays
     aiexec canary flight_delays --stop --reason "it promised too much" """
+    from aiexec.model.registry import sound_version
     from aiexec.serve.canary import start_canary, stop_canary
 
     _, ledger = opened()
@@ -47,6 +48,7 @@ def canary(name, version, percent, reason, stop, errors, slower):
     if stop:
         stop_canary(name, reason=reason, ledger=ledger)
     elif version:
+        sound_version(name, version, ledger)
         start_canary(name, version, percent=percent, reason=reason, limits=limits_of(name, given, ledger),
                      rule=agreed(name, version, ledger), ledger=ledger)
     return told(name, ledger)

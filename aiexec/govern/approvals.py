@@ -20,7 +20,7 @@ from ..define.usecase import UseCase, list_usecases
 from ..errors import ApprovalError, ParameterError
 from ..model.gates import GATES, gravest
 from ..model.gates import standing as newest_gate
-from ..model.registry import ALIASES, ANY, Move, Rule, find_version, promote
+from ..model.registry import ALIASES, ANY, Move, Rule, find_version, promote, sound_version
 from ..monitor.retrain import proposals, settle
 from ..run.records import RUNS
 from ..settings import Settings, current_actor
@@ -271,7 +271,7 @@ def go_live(
 ) -> Move:
     "Promote a version by the rule of its use case; raises `ApprovalError`, and what `promote` raises."
     ledger = ledger or open_ledger(settings)
-    record, usecase = find_version(name, version, ledger), owner_of(name, ledger.settings)
+    record, usecase = sound_version(name, version, ledger), owner_of(name, ledger.settings)
     for table in (APPROVALS, GATES, RUNS, ALIASES):
         ledger.prepare(table)
     move = promote(name, version, reason=reason, evidence={"by": "hand"}, alias=alias, expect=expect,

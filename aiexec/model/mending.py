@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Iterator
 
 from ..errors import LockedError
 from ..files import machine
-from .registry import VERSIONS, entitle, marked, record_version, registering, show_aliases, versions
+from .registry import VERSIONS, entitle, marked, record_version, registering, show_aliases, tampered, versions
 from .tracking import tracking_client, usable
 from .trees import tree_digest
 from ..settings import Settings
@@ -148,6 +148,8 @@ def mend_versions(client: "MlflowClient", name: str, ledger: Ledger) -> tuple[li
             done.append(f"{name} version {number} was gone from MLflow and is there again.")
         else:
             left.append(f"{name} version {number} is in the ledger, but not in MLflow; its files serve on.")
+    left += [f"The files of {name} version {number} are not those that were registered: restore them, or it is not served."
+             for number, row in sorted(known.items()) if tampered(row, ledger.settings)]
     places = {str(ledger.settings.home / row["source"]) for row in known.values()} | {row["source"] for row in known.values()}
     places |= {version.source.removeprefix("file://") for version in stored.values()}
     for one in unused(client, name, places, ledger):

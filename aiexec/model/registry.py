@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['VERSIONS', 'ALIASES', 'ANY', 'ANSWERING', 'Rule', 'register', 'registering', 'record_version', 'acting', 'made_by',
            'unsaid', 'marked', 'orphan', 'upload', 'columns_of', 'entitle', 'versions', 'Move', 'history', 'last_move',
-           'champion', 'find_version', 'promote', 'asks_approval', 'move_alias', 'already', 'next_move', 'show_aliases',
-           'rollback']
+           'champion', 'find_version', 'tampered', 'sound_version', 'promote', 'asks_approval', 'move_alias', 'already',
+           'next_move', 'show_aliases', 'lineage', 'rollback']
 
 # %% ../../nbs/4_model/41_registry.ipynb #d1c0011f
 import json
@@ -243,6 +243,23 @@ def find_version(
             return row
     raise RegistryError(f"{name} has no version {number}.", f"Its versions: {', '.join(str(row['version']) for row in known)}.")
 
+
+def tampered(record: dict, settings: Settings) -> bool:
+    "Whether a version's files are not those that were registered; of files elsewhere whoever loads them finds it."
+    source = record["source"]
+    if ":" in source.split("/")[0]:
+        return False
+    return not (settings.home / source).is_dir() or tree_digest(settings.home / source) != record["digest"]
+
+
+def sound_version(name: str, version: int | str, ledger: Ledger) -> dict:  # its record
+    "One version that could be served; raises `RegistryError`."
+    record = find_version(name, version, ledger)
+    if tampered(record, ledger.settings):
+        raise RegistryError(f"The files of {name} version {record['version']} are not those that were registered.",
+                            "Nothing was decided. Restore them from a backup, or take another version.")
+    return record
+
 # %% ../../nbs/4_model/41_registry.ipynb #a321e7d4
 ANSWERING = ("champion", "canary")  # aliases whose versions answer to somebody
 Rule = Callable[[Change, Move], dict]  # what the move rests on; raises when it is not allowed
@@ -330,6 +347,14 @@ def show_aliases(name: str, ledger: Ledger) -> list[str]:  # what was changed: a
     return told
 
 # %% ../../nbs/4_model/41_registry.ipynb #aae2a735
+def lineage(name: str, ledger: Ledger, alias: str = "champion") -> list[int]:  # the present one last
+    "The versions that an alias can be brought back to, one after the other."
+    line: list[int] = []
+    for move in history(name, ledger, alias):
+        line = line[: line.index(move.version) + 1] if move.version in line else [*line, move.version]
+    return line
+
+
 def rollback(
     name: str,
     reason: str,  # what went wrong
@@ -339,9 +364,7 @@ def rollback(
 ) -> Move:
     "Point an alias at the version before; raises `RegistryError` when there was none."
     ledger = ledger or open_ledger(settings)
-    line: list[int] = []
-    for move in history(name, ledger, alias):
-        line = line[: line.index(move.version) + 1] if move.version in line else [*line, move.version]
+    line = lineage(name, ledger, alias)
     if len(line) < 2:
         raise RegistryError(f"{name} has no earlier {alias} to go back to.", "Promote the version that should take its place.")
     return move_alias(ledger, name, line[-2], alias, reason, {"rollback": line[-1]}, line[-1])

@@ -88,8 +88,8 @@ def spread(example: pd.DataFrame, rows: int = BACKGROUND) -> pd.DataFrame:
 # %% ../../nbs/4_model/40a_trees.ipynb #da4d73c0
 def as_json(frame: pd.DataFrame) -> str:
     "Rows with the kinds of their columns; raises `ValueError` and `TypeError`."
-    kinds = [{"categories": kind.categories.tolist(), "ordered": kind.ordered} if isinstance(kind, pd.CategoricalDtype) else str(kind)
-             for kind in frame.dtypes]
+    kinds = [{"categories": kind.categories.tolist(), "ordered": kind.ordered}
+             if isinstance(kind, pd.CategoricalDtype) else str(kind) for kind in frame.dtypes]
     text = json.dumps({"columns": list(frame), "kinds": kinds, "values": [values.tolist() for _, values in frame.items()]},
                       default=lambda value: None if value is pd.NA or value is pd.NaT else value.isoformat())
     if not from_json(text).equals(frame):
