@@ -326,3 +326,17 @@ def test_one_notebook_is_assertion_schedule_and_page(project, tmp_path):
     assert "Not all right since 2013-10." in page and "<form" not in page and PLACE not in page and "aiexec alerts late --acknowledge" in page
     refused = aiexec("monitor", "late", "--from", "2013-04", cwd=project)
     assert refused.returncode == 1 and "--from is about the page. It goes with --html FILE." in refused.stderr
+
+
+@pytest.mark.browser
+def test_two_files_are_a_picture_with_no_project(browser, tmp_path):
+    rows = [f"{value % 100},{('EWR', 'JFK')[value % 2]},{value * 7 % 50}" for value in range(4000)]
+    (tmp_path / "before.csv").write_text("\n".join(["wind,origin,<script>", *rows]))
+    (tmp_path / "after.csv").write_text("\n".join(["wind,origin,<script>", *[f"{60 + int(row.split(',')[0]) % 40},{row.split(',', 1)[1]}" for row in rows]]))
+    done = aiexec("drift", "before.csv", "after.csv", "--html", "page.html", cwd=tmp_path)
+    assert done.returncode == 0 and "page.html: 0.0 MB" in done.stdout, done.stdout + done.stderr
+    page = watched_page(browser, f"file://{tmp_path / 'page.html'}")
+    assert "The data changed." in page.locator("#state").inner_text()
+    page.locator(".heat tbody tr").filter(has=page.locator("th", has_text="wind")).locator("td > a").click()
+    assert page.locator(".heat .p:visible strong").inner_text() == "wind" and page.locator(".heat b:visible svg path").count() == 1
+    page.context.close()
