@@ -54,7 +54,8 @@ def comparison_page(
     first = worst.table().iloc[0] if worst.columns else {"column": "", "why": ""}
     text = f"{where}{first['column']}. {first['why']}" if moved else f"{where}{worst.multivariate['why']}"
     beside = f"in {worst.window}" if len(windows) > 1 else "in the current table"
-    cards = [card("Columns that changed", f"{len(moved)} of {len(worst.columns)}", beside), card("Rows", number(worst.rows), beside),
+    cards = [card("Columns that changed", f"{len(moved)} of {len(worst.columns)}", beside),
+             card("Rows", number(worst.rows), beside),
              card("All columns together", worst.multivariate["verdict"], worst.multivariate["why"])]
     top = banner(LEVEL[worst.verdict], SAID[worst.verdict], text)
     return sheet(tag("style", MORE), tag("header", tag("h1", title)), top,

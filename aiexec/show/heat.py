@@ -279,6 +279,6 @@ def legend(watch: float, act: float, windows: Sequence[str]) -> Html:
     keys = [tag("span", tag("span", style=f"background:{COLOUR[kind]}"), words, class_="key") for kind, words in pairs]
     together = max((len(span) for span in spans(windows)), default=1)
     how = f" Each cell holds {together} windows, a sliver each, and opens the worst of them." if together > 1 else ""
-    words = ("Population stability index against the reference, worst column first; chance, and how restless the reference itself is, "
-             f"are allowed for. A cell opens its two distributions.{how}")
+    words = ("Population stability index against the reference, worst column first; chance, and how restless the reference "
+             f"itself is, are allowed for. A cell opens its two distributions.{how}")
     return tag("p", words, tag("span", *keys, class_="legend shades"), class_="soft small")
