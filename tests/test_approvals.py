@@ -14,7 +14,7 @@ from aiexec.errors import ApprovalError
 from aiexec.govern.approvals import APPROVALS, approvals, approve, go_live, revoke
 from aiexec.govern.audit import verify_chain
 from aiexec.model.gates import compare, record_gate
-from aiexec.model.registry import VERSIONS, champion, history, promote, register
+from aiexec.model.registry import VERSIONS, champion, find_version, history, promote, register, tree_digest
 from aiexec.run.records import RUNS
 from aiexec.settings import Settings
 from aiexec.store import now, open_ledger
@@ -123,9 +123,11 @@ def test_an_approval_is_for_one_version_its_files_and_one_promotion(loans):
     approve("loans", 1, reason="looked at", ledger=at(loans, "grace"))
     refused(loans, "nobody has approved it", version=2)
     ledger = at(loans, "ada")
+    tree = ledger.settings.home / find_version("loans", 1, ledger)["source"]
+    (tree / "more").write_text("other files, and a record that was forged to fit them")
     with ledger.change("test.forged", "loans", tables=(VERSIONS,)) as change:
-        change.update(VERSIONS, {"digest": "f" * 64}, model="loans", version=1)
-    refused(loans, "approved other files: .{12}, not ffffffffffff", version=1)
+        change.update(VERSIONS, {"digest": tree_digest(tree)}, model="loans", version=1)
+    refused(loans, f"approved other files: .{{12}}, not {tree_digest(tree)[:12]}", version=1)
     approve("loans", 2, reason="looked at", ledger=at(loans, "grace"))
     go_live("loans", 2, reason="better", ledger=ledger)
     approve("loans", 1, reason="the new files", ledger=at(loans, "grace"))
