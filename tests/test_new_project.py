@@ -17,6 +17,8 @@ from nbclient import NotebookClient
 
 from aiexec.files import digest
 from aiexec.govern.audit import verify_chain
+from aiexec.model.findings import findings
+from aiexec.model.gates import gates
 from aiexec.model.registry import VERSIONS, champion
 from aiexec.settings import load_settings
 from aiexec.store import open_ledger
@@ -24,7 +26,7 @@ from aiexec.store import open_ledger
 from .conftest import AIEXEC, aiexec, answer, environment, plain_user
 
 NAME = "my_usecase"
-NOTEBOOKS = ["ingest", "train", "score"]
+NOTEBOOKS = ["ingest", "train", "gate", "score"]
 
 
 def shell(**more: str) -> dict[str, str]:
@@ -88,6 +90,10 @@ def test_its_own_tests_and_the_commands_of_its_readme_work(followed):
     assert [row["version"] for row in ledger.rows(VERSIONS)] == [1]
     assert answer("portfolio", cwd=followed)[0]["champion"] == 1
     assert verify_chain(ledger).ok
+    assert {one["outcome"] for one in gates(NAME, 1, ledger)} == {"pass"}
+    assert set(findings(NAME, 1, ledger)) >= {"evaluation", "calibration", "importance", "limits"}
+    page = (followed / "packets" / f"{NAME}-1.html").read_text(encoding="utf-8")
+    assert all(words in page for words in ("flavanoids", "roc_auc", "Calibration")) and "<script" not in page
     for words in (["roi"], ["models", "--card", 1], ["verify"]):
         done = aiexec(*words, cwd=followed)
         assert done.returncode == 0 and "Traceback" not in done.stderr, done.stdout + done.stderr
