@@ -164,7 +164,7 @@ def performance(scored, target, score, labels, on, reference, time, every, metri
 # %% ../../nbs/9_show/98f_watching.ipynb #709032e3
 def labelled(frame, labels, on: str, target: str, time: str) -> tuple:  # the frame with its labels, strangers and notes
     "Put a file of labels beside the predictions; those that are older than their prediction are no answers to it."
-    from aiexec.monitor.scored import too_early, with_labels
+    from aiexec.monitor.performance import too_early, with_labels
 
     early = too_early(frame, labels, on, time) if on in frame and on in labels else None
     lost = 0 if early is None else int(early.sum())

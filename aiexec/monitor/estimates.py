@@ -49,7 +49,8 @@ def way_of(
     "The simplest way to read scores that is about as good as the best."
     if len(scores) < 20 * PARTS or scores.min() < 0 or scores.max() > 1 or len(np.unique(scores)) < 10:
         return stepped
-    part, losses = np.random.default_rng(0).permutation(len(scores)) % PARTS, {way: np.zeros(len(scores)) for way in (as_said, bent, stepped)}
+    part = np.random.default_rng(0).permutation(len(scores)) % PARTS
+    losses = {way: np.zeros(len(scores)) for way in (as_said, bent, stepped)}
     for number in range(PARTS):
         asked = part == number
         for way, loss in losses.items():
@@ -112,7 +113,7 @@ class ErrorModel:
 
 
 def inputs_of(features: pd.DataFrame, columns: tuple[str, ...], scores: np.ndarray, usual: dict[str, pd.Series]) -> np.ndarray:
-    "The numeric columns, categories by the error that is usual for them, those that are missing as missing, and the prediction itself."
+    "Numeric columns, categories by the error that is usual for them, missing ones as missing, and the prediction itself."
     known = [np.full(len(scores), np.nan) if name not in features
              else features[name].astype(str).map(usual[name]).to_numpy(dtype=float) if name in usual
              else pd.to_numeric(features[name], errors="coerce").to_numpy(dtype=float, na_value=np.nan) for name in columns]
@@ -125,7 +126,8 @@ def error_model(features: pd.DataFrame, scores: np.ndarray, labels: np.ndarray) 
 
     errors = np.abs(labels - scores)
     texts = {name: features[name].astype(str) for name in features if not pd.api.types.is_numeric_dtype(features[name])}
-    usual = {name: pd.Series(errors).groupby(text.to_numpy()).mean() for name, text in texts.items() if 1 < text.nunique() <= min(MOST, len(text) / 20)}
+    usual = {name: pd.Series(errors).groupby(text.to_numpy()).mean() for name, text in texts.items()
+             if 1 < text.nunique() <= min(MOST, len(text) / 20)}
     columns = tuple(name for name in features if name in usual or pd.api.types.is_numeric_dtype(features[name]))
     model = HistGradientBoostingRegressor(max_iter=60, max_leaf_nodes=15, min_samples_leaf=40, random_state=0)
     return ErrorModel(model.fit(inputs_of(features, columns, scores, usual), errors), columns, usual)

@@ -95,7 +95,7 @@ def losses(model, table: np.ndarray, labels: np.ndarray, seed: int) -> list[floa
 VARYING, PAIRED = 20, 30  # rows off a column's most frequent value, and rows with both values, that a correlation needs
 
 
-def rank_correlations(table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:  # of all pairs; and the standard error after Fisher's z
+def rank_correlations(table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:  # and errors of Fisher's z
     "Rank correlations, each from the rows where both are known; NaN for pairs with too few rows."
     ranks = ((table.rank() - table.rank().mean()) / table.rank().std()).to_numpy()
     known, x = (~np.isnan(ranks)).astype(float), np.nan_to_num(ranks)
@@ -141,7 +141,8 @@ def correlation_change(
     names = [str(names[rows[worst]]), str(names[columns[worst]])]
     why = f"The correlation of {names[0]} with {names[1]} was {one[worst]:.2f} and is {other[worst]:.2f}."
     return {"pair": names, "before": float(one[worst]), "after": float(other[worst]), "change": float(sizes[worst]),
-            "verdict": band(sizes[worst] - usual, *CHANGE), "why": f"{why[:-1]}; {usual:.2f} is a usual change." if usual else why}
+            "verdict": band(sizes[worst] - usual, *CHANGE),
+            "why": f"{why[:-1]}; {usual:.2f} is a usual change." if usual else why}
 
 # %% ../../nbs/6_monitor/61b_multivariate.ipynb #cce016cf
 FAR, LOST = 5.0, (0.1, 0.25)  # standard deviations at most; change of the loss: watch, act
@@ -173,7 +174,8 @@ def reconstruction(
     "How much the main directions of the reference lose of the current rows, in units of a column's spread."
     old, new = standardised(reference, current)
     if old.shape[1] < 2:
-        return {"error": None, "low": None, "high": None, "change": 0.0, "verdict": "cannot tell", "why": "Fewer than two columns that vary."}
+        nothing = {"error": None, "low": None, "high": None, "change": 0.0}
+        return nothing | {"verdict": "cannot tell", "why": "Fewer than two columns that vary."}
     half = np.random.default_rng(seed).permutation(len(old)) % 2
     before, after = np.zeros(len(old)), np.zeros(len(new))
     for side in (0, 1):

@@ -22,10 +22,11 @@ from ..errors import DataError
 from .profiles import Column, Profile, count, count_labels, kind_of, label_counts, merge_columns, profile
 
 # %% ../../nbs/6_monitor/60a_tallies.ipynb #cbdb81ad
-MOMENT = re.compile(r"\s*([A-Z][a-z]{2,8},? )?(\d{4}([-/.])\d{1,2}(\3\d{1,2})?|\d{1,2}([-/.])\d{1,2}\5\d{4}|\d{1,2}([-/])\d{1,2}\6\d{2}"
-                    r"|\d\d\.\d\d\.\d\d|\d{1,2}[- ][A-Za-z]{3,9}[- ]\d{2,4}|[A-Z][a-z]{2,8}\.? \d{1,2}(, ?| )\d{4})([T ]\d{1,2}:\d{2}.*)?\s*")
-CLOCK = re.compile(r"(^|_)(time|timestamp|date|datetime|ts|at|on|epoch|since|until|utc|unix|created|updated|modified)(_(ms|us|ns|s|utc|sec))?$"
-                   r"|unix_?time|(?-i:[a-z](Time|Date|Timestamp|At|Epoch)(Ms|Utc)?$)", re.IGNORECASE)
+MOMENT = re.compile(r"\s*([A-Z][a-z]{2,8},? )?(\d{4}([-/.])\d{1,2}(\3\d{1,2})?|\d{1,2}([-/.])\d{1,2}\5\d{4}"
+                    r"|\d{1,2}([-/])\d{1,2}\6\d{2}|\d\d\.\d\d\.\d\d|\d{1,2}[- ][A-Za-z]{3,9}[- ]\d{2,4}"
+                    r"|[A-Z][a-z]{2,8}\.? \d{1,2}(, ?| )\d{4})([T ]\d{1,2}:\d{2}.*)?\s*")
+CLOCK = re.compile(r"(^|_)(time|timestamp|date|datetime|ts|at|on|epoch|since|until|utc|unix|created|updated|modified)"
+                   r"(_(ms|us|ns|s|utc|sec))?$|unix_?time|(?-i:[a-z](Time|Date|Timestamp|At|Epoch)(Ms|Utc)?$)", re.IGNORECASE)
 EPOCHS = {"s": (5e8, 4.2e9), "ms": (5e11, 4.2e12), "us": (5e14, 4.2e15), "ns": (5e17, 4.2e18)}  # from 1985 to 2103
 
 
@@ -119,7 +120,8 @@ def single(series: pd.Series) -> pd.Series | None:  # None: as it is
     if isinstance(first, (list, dict, tuple, np.ndarray)):
         return series.map(str, na_action="ignore")
     if isinstance(first, datetime.time):
-        return series.map(lambda at: at.hour * 3600 + at.minute * 60 + at.second + at.microsecond / 1e6, na_action="ignore").astype(float)
+        seconds = series.map(lambda at: at.hour * 3600 + at.minute * 60 + at.second + at.microsecond / 1e6, na_action="ignore")
+        return seconds.astype(float)
     return None
 
 

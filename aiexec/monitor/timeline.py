@@ -36,7 +36,7 @@ def length_of(every: str) -> str:  # a key of `EVERY`, or a number of rows
     if rows.isdecimal() and int(rows) > 0:
         return str(int(rows))
     if name not in EVERY:
-        raise ParameterError(f"'{every}' is no length of a window.", f"Say one of {', '.join(EVERY)}, or a number of rows such as 1000.")
+        raise ParameterError(f"'{every}' is no length of a window.", f"Say one of {', '.join(EVERY)}, or a number of rows.")
     return name
 
 
