@@ -40,8 +40,9 @@ class Family:
 
 @cache
 def library(folder: str) -> str:
-    """The digest of what was tried: the modules of a folder of the library, and those at its top."""
+    """The digest of what was tried: the modules of a folder of the library, and those at its top which all stand on."""
     modules = [*(ROOT / "aiexec").glob("*.py"), *(ROOT / "aiexec" / folder).glob("*.py")]
+    modules = [path for path in modules if path.name not in ("_modidx.py", "projects.py")]
     return digest_of([[path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")] for path in sorted(modules)])[:12]
 
 
