@@ -247,10 +247,11 @@ def test_ids_of_another_type_strangers_and_labels_older_than_their_predictions(t
     words = ["--labels", written(tmp_path, "labels.parquet", labels), "--on", "id", "--time", "at", "--every", "year"]
     told = judged(tmp_path, now.drop(columns="bad"), GOOD, *words)
     assert told["windows"][0]["labelled"] == 3000 and "1,000 labels are older" in told["notes"][0]
-    written(tmp_path, "labels.parquet", labels.assign(id="L" + labels.id))
     scored = written(tmp_path, "scored.parquet", now.drop(columns="bad"))
-    told = asked(performance, scored, "--target", "bad", "--score", "score", "--labels", tmp_path / "labels.parquet", "--on", "id", "--time", "at", code=1)
-    assert "None of 4,000 labels" in told["problem"] or "None of 3,000 labels" in told["problem"]
+    for changed, words in ((labels.assign(id="L" + labels.id), "None of 4,000 labels"), (labels.assign(at="2020-01-01"), "4,000 labels are older")):
+        path = written(tmp_path, "labels.parquet", changed)
+        told = asked(performance, scored, "--target", "bad", "--score", "score", "--labels", path, "--on", "id", "--time", "at", code=1)
+        assert words in told["problem"]
 
 
 def test_a_score_that_ranks_the_wrong_way_is_told_so(tmp_path):

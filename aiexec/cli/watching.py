@@ -148,6 +148,8 @@ def performance(scored, target, score, labels, on, reference, time, every, metri
     if labels:
         frame, strangers, notes = labelled(frame, read_frame(labels, allow_empty=True), on, target, time)
     before, found = read_frame(reference) if reference else None, []
+    if before is None and notes and not frame[target].notna().any():
+        raise DataError(notes[0], f"Compare '{time}' in both files, or give a reference (--reference FILE).")
     if before is None and strangers and not frame[target].notna().any():
         raise DataError(f"None of {strangers:,} labels belongs to a prediction.", f"Compare '{on}' in both files.")
     with Teller() as teller:
