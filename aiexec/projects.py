@@ -59,7 +59,7 @@ def lay_out(
     "Copy templates into a new folder; raises `SpecificationError` when it exists and is not empty."
     destination = Path(destination)
     if destination.name in ("", ".."):
-        raise SpecificationError(f"'{destination}' is no name for a new folder.", "Name one that is to be made, such as late_orders.")
+        raise SpecificationError(f"'{destination}' is no name for a new folder.", "Name one, such as late_orders.")
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise SpecificationError(f"{destination} exists and is not empty.", "Choose another name, or move it away.")
     fresh = destination.with_name(f".{destination.name}-making")

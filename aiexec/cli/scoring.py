@@ -169,6 +169,7 @@ def image(reference, output, base, tag, gpu, parquet, allow_pickle):
     from aiexec.serve.image import write_image
 
     folder = Path(output or f"{Path(reference.removeprefix('models:/')).name.partition('@')[0]}-image")
-    made = write_image(reference, folder, base=base, tag=tag, gpu=gpu, parquet=parquet, allow_pickle=allow_pickle, settings=project_here())
+    made = write_image(reference, folder, base=base, tag=tag, gpu=gpu, parquet=parquet, allow_pickle=allow_pickle,
+                       settings=project_here())
     text = f"Made {folder}: {made.tag} on {made.base}, {made.packages} packages."
     return Answer(asdict(made), f"{text} Go on with:\n  docker build --tag {made.tag} {folder}")

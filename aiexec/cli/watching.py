@@ -128,8 +128,7 @@ def drift_text(windows: list, verdict: str) -> str:
 @click.option("--fail-on", type=click.Choice(["never", "watch", "act"]), default="never", show_default=True,
               help="From which verdict on the exit code is 1.")
 @verb
-def performance(scored, target, score, labels, on, reference, time, every, metrics, threshold, worth, currency, positive,
-                fail_on):
+def performance(scored, target, score, labels, on, reference, time, every, metrics, threshold, worth, currency, positive, fail_on):
     """Say whether predictions are still as good as they were.
 
     SCORED is a file (CSV or Parquet). Without --reference the first quarter of its windows is the reference."""
@@ -148,20 +147,19 @@ def performance(scored, target, score, labels, on, reference, time, every, metri
     if labels:
         frame, strangers, notes = labelled(frame, read_frame(labels, allow_empty=True), on, target, time)
     before, found = read_frame(reference) if reference else None, []
-    if before is None and notes and not frame[target].notna().any():
-        raise DataError(notes[0], f"Compare '{time}' in both files, or give a reference (--reference FILE).")
-    if before is None and strangers and not frame[target].notna().any():
-        raise DataError(f"None of {strangers:,} labels belongs to a prediction.", f"Compare '{on}' in both files.")
+    if before is None and (notes or strangers) and not frame[target].notna().any():
+        none = f"None of {strangers:,} labels belongs to a prediction."
+        raise DataError(notes[0] if notes else none, f"Compare '{time if notes else on}' in both files, or give a --reference FILE.")
     with Teller() as teller:
         for window in performance_of(frame, target, score, before, time, every, metrics, threshold, positive):
-            teller.now(f"{window.window} …")
             found.append(window)
-    notes += [note] if (note := undated(frame, time)) else []
+            teller.now(f"{window.window} …")
+    notes += filter(None, [undated(frame, time)])
     data = summed(found) | {"strangers": strangers, "record": record(found), "notes": notes}
     for window, one in zip(data["windows"], found):
         explain(window, one, worth, currency, threshold, every if time else "")
-    code = int(fail_on != "never" and ORDER.index(data["verdict"]) >= ORDER.index(fail_on))
-    return Answer(data, performance_text(found, data), code=code)
+    failing = fail_on != "never" and ORDER.index(data["verdict"]) >= ORDER.index(fail_on)
+    return Answer(data, performance_text(found, data), code=int(failing))
 
 # %% ../../nbs/9_show/98f_watching.ipynb #709032e3
 def labelled(frame, labels, on: str, target: str, time: str) -> tuple:  # the frame with its labels, strangers and notes
