@@ -162,6 +162,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'aiexec.cli.watching': { 'aiexec.cli.watching.drift': ('9_show/watching.html#drift', 'aiexec/cli/watching.py'),
                                      'aiexec.cli.watching.drift_text': ('9_show/watching.html#drift_text', 'aiexec/cli/watching.py'),
                                      'aiexec.cli.watching.explain': ('9_show/watching.html#explain', 'aiexec/cli/watching.py'),
+                                     'aiexec.cli.watching.failing': ('9_show/watching.html#failing', 'aiexec/cli/watching.py'),
                                      'aiexec.cli.watching.labelled': ('9_show/watching.html#labelled', 'aiexec/cli/watching.py'),
                                      'aiexec.cli.watching.never_without_time': ( '9_show/watching.html#never_without_time',
                                                                                  'aiexec/cli/watching.py'),
