@@ -313,7 +313,7 @@ def test_a_version_knows_the_files_that_taught_it(project):
 @pytest.mark.parametrize("labels", ["none", "one class"])
 def test_an_evaluation_says_what_cannot_be_told(library, project, year, winter_model, tmp_path, labels):
     frame = year["2013-04"].head(2000)
-    said = scored_by(library, winter_model, frame, model="flight_delays", model_version=1, scored_at="2013-03-31T12:00:00Z")
+    said = scored_by(library, winter_model, frame, model_version=1).assign(model="flight_delays", scored_at="2013-03-31T12:00:00Z")
     write_frame(said, tmp_path / "said.parquet")
     write_frame(decide(said, policy_of(load_usecase(USECASE)), load_usecase(USECASE).value), tmp_path / "routes.parquet")
     arrived = pd.DataFrame({"flight_id": frame.flight_id, "arr_delay": np.nan if labels == "none" else 0.0})
