@@ -315,10 +315,12 @@ def test_an_evaluation_says_what_cannot_be_told(library, project, year, winter_m
     frame = year["2013-04"].head(2000)
     said = scored_by(library, winter_model, frame, model_version=1).assign(model="flight_delays", scored_at="2013-03-31T12:00:00Z")
     write_frame(said, tmp_path / "said.parquet")
+    write_frame(said.head(0), tmp_path / "shadows.parquet")
     write_frame(decide(said, policy_of(load_usecase(USECASE)), load_usecase(USECASE).value), tmp_path / "routes.parquet")
     arrived = pd.DataFrame({"flight_id": frame.flight_id, "arr_delay": np.nan if labels == "none" else 0.0})
     write_frame(arrived, tmp_path / "outcomes-2013-04.parquet")
-    given = {"predictions": tmp_path / "said.parquet", "routes": tmp_path / "routes.parquet", "archive": tmp_path}
+    given = {"predictions": tmp_path / "said.parquet", "routes": tmp_path / "routes.parquet", "shadows": tmp_path / "shadows.parquet",
+             "archive": tmp_path}
     made = executed("evaluate", project, **given)
     assert made["roc_auc"] is None and made["realised"] is None and made["uplift"] is None
     assert (made["brier"] is None, made["baseline"] is None, made["late_rate"]) == (
