@@ -13,7 +13,6 @@ import math
 import numpy as np
 import pandas as pd
 from scipy.special import ndtr
-from scipy.stats import rankdata
 
 from .evidence import band, discovered
 
@@ -79,7 +78,7 @@ def told_apart(
 def area(scores: np.ndarray, labels: np.ndarray) -> float:
     "The area under the receiver operating characteristic, by ranks."
     ones = int(labels.sum())
-    return float((rankdata(scores)[labels == 1].sum() - ones * (ones + 1) / 2) / (ones * (len(labels) - ones)))
+    return float((pd.Series(scores).rank().to_numpy()[labels == 1].sum() - ones * (ones + 1) / 2) / (ones * (len(labels) - ones)))
 
 
 def losses(model, table: np.ndarray, labels: np.ndarray, seed: int) -> list[float]:

@@ -15,7 +15,7 @@ from typing import Any, Callable, Iterator
 
 import numpy as np
 import pandas as pd
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from ..define.metrics import metric
 from ..errors import DataError, ParameterError, did_you_mean
@@ -125,9 +125,9 @@ def reference_of(data: Scored, names: tuple[str, ...], threshold: float, windows
     values, spread = {}, {}
     for name in names:
         value, low, high = value_of(name, data, threshold)
-        values[name] = value, (high - low) / (2 * norm.ppf(0.995))
+        values[name] = value, (high - low) / (2 * ndtri(0.995))
         parts = [value_of(name, window, threshold) for window in windows]
-        parts = [(part, (top - bottom) / (2 * norm.ppf(0.995))) for part, bottom, top in parts if math.isfinite(top - bottom)]
+        parts = [(part, (top - bottom) / (2 * ndtri(0.995))) for part, bottom, top in parts if math.isfinite(top - bottom)]
         chance = np.mean([error**2 for _, error in parts]) if parts else 0.0
         beyond = np.var([part for part, _ in parts], ddof=1) - chance if len(parts) > 2 else 0.0
         spread[name] = math.sqrt(max(0.0, float(beyond)))
@@ -155,9 +155,9 @@ def ruled(loss: float, error: float) -> str:
     "None, watch, act or cannot tell, by a loss and how surely it is known."
     if not (math.isfinite(loss) and math.isfinite(error)):
         return "cannot tell"
-    if loss > norm.ppf(0.995) * error and loss >= LOSS[0]:
+    if loss > ndtri(0.995) * error and loss >= LOSS[0]:
         return "act" if loss >= LOSS[1] else "watch"
-    return "cannot tell" if loss + norm.ppf(0.975) * error >= 2 * LOSS[1] else "none"
+    return "cannot tell" if loss + ndtri(0.975) * error >= 2 * LOSS[1] else "none"
 
 # %% ../../nbs/6_monitor/62b_scored.ipynb #488332ea
 def figure(name: str, data: Scored, reference: Reference, threshold: float) -> dict:
@@ -177,7 +177,7 @@ def figure(name: str, data: Scored, reference: Reference, threshold: float) -> d
             estimate = float(pd.Series(data.scores).map(reference.meaning).fillna(0.0).mean())
         band = reference.values[name][1] * math.sqrt(reference.data.known.sum() / max(1, len(data.scores)))
     seen = math.isfinite(value) and math.isfinite(high - low)
-    loss, error = lost(name, *((value, (high - low) / (2 * norm.ppf(0.995))) if seen else (estimate, band)), reference)
+    loss, error = lost(name, *((value, (high - low) / (2 * ndtri(0.995))) if seen else (estimate, band)), reference)
     verdict, by = ruled(loss, error), "realised" if seen else "estimated"
     before = reference.values[name][0]
     why = (f"{name} {by}: {value if seen else estimate:.3f} against {before:.3f} on the reference: "
