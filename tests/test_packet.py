@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 
 from aiexec.model.findings import record_findings
 from aiexec.model.gates import compare, record_gates
-from aiexec.model.registry import promote, register
+from aiexec.model.registry import find_version, promote, register
 from aiexec.model.rule import seen_on
 from aiexec.serve.days import Answered
 from aiexec.serve.predictions import open_log, prediction_ids
@@ -159,3 +159,13 @@ def test_the_packet_of_the_first_month_is_filled_from_evidence(month, tmp_path):
     for words in ("departure_minute", "taught by ingest.flights@2013-01", "roc_auc ≥ 0.64", "it is the champion",
                   "Of the same model before it was fitted on 2013-03 as well.", "code of the notebook", "The operations desk"):
         assert words in page, words
+
+
+def test_nobody_is_asked_to_approve_files_that_changed(shop, tmp_path):
+    place = tmp_path / "changed"
+    shutil.copytree(shop[0], place)
+    record = find_version("late_orders", 2, open_ledger(load_settings(place)))
+    model = next((place / ".aiexec" / record["source"]).rglob("model.skops"))
+    model.write_bytes(model.read_bytes() + b"?")
+    told = aiexec("packet", "late_orders", 2, "-o", "changed.html", cwd=place)
+    assert not (place / "changed.html").exists() and told.returncode == 1 and "version 2 are not those that were registered" in told.stderr

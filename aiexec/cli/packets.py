@@ -71,7 +71,7 @@ def packet(usecase, version, out, replay):
     \b
     aiexec packet flight_delays
     aiexec packet flight_delays 2 -o may.html"""
-    from aiexec.model.registry import find_version, versions
+    from aiexec.model.registry import sound_version, versions
     from aiexec.show.packet import packet_facts, write_packet
 
     settings, ledger = opened()
@@ -79,7 +79,7 @@ def packet(usecase, version, out, replay):
     if case.model is None:
         raise SpecificationError(f"{case.name} has no model.", "Add 'model: {name: …}' to usecase.yaml.")
     known = versions(case.model.name, ledger)
-    number = find_version(case.model.name, version or (known[-1]["version"] if known else 1), ledger)["version"]
+    number = sound_version(case.model.name, version or (known[-1]["version"] if known else 1), ledger)["version"]
     why = replayed(case, number, settings, ledger) if replay else ""
     target = Path(out) if out else settings.root / "packets" / f"{case.name}-{number}.html"
     facts = packet_facts(case, number, ledger)
