@@ -27,12 +27,13 @@ from importlib.metadata import version
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Iterator
+from urllib.parse import unquote
 
 from ..define.usecase import UseCase
 from ..errors import RegistryError
 from ..files import lock, writing
 from ..run.page import write_page
-from ..settings import Settings, current_actor
+from ..settings import Settings, current_actor, sqlite_url
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -64,7 +65,7 @@ def complete(url: str, artifacts: Path) -> None:
 def sound(path: Path) -> bool:
     "Whether a prepared database is whole."
     try:
-        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
             tables = connection.execute("SELECT count(*) FROM alembic_version").fetchone()[0]
             return tables == 1 and connection.execute("PRAGMA quick_check").fetchone()[0] == "ok"
     except sqlite3.DatabaseError:
@@ -77,7 +78,7 @@ def prepared() -> Path:
     path = cache / "aiexec" / f"mlflow-{version('mlflow')}.db"
     if not sound(path):
         with writing(path) as fresh:
-            complete(f"sqlite:///{fresh}", cache)
+            complete(sqlite_url(fresh), cache)
             with closing(sqlite3.connect(fresh)) as connection, connection:  # the default experiment belongs to a project
                 connection.execute("DELETE FROM experiments")
     return path
@@ -102,8 +103,8 @@ def usable(url: str) -> Iterator[None]:
 def tracking_ready(settings: Settings) -> str:  # the tracking URI, complete
     "Make sure that MLflow's database is there and whole; raises `RegistryError`."
     url = settings.url("tracking")
-    path = settings.root / url.removeprefix("sqlite:///") if url.startswith("sqlite:///") else None
-    url = f"sqlite:///{path}" if path else url
+    path = settings.root / unquote(url.removeprefix("sqlite:///")) if url.startswith("sqlite:///") else None
+    url = sqlite_url(path) if path else url
     if url.startswith("http") or url in READY and (path is None or path.is_file()):
         return url
     artifacts = settings.home / "artifacts"
@@ -125,7 +126,7 @@ def make_database(path: Path, artifacts: Path) -> None:
             shutil.copyfile(prepared(), fresh)
         except OSError as why:
             logging.getLogger(__name__).warning("No prepared copy of MLflow's database can be kept: %s", why)
-        complete(f"sqlite:///{fresh}", artifacts)
+        complete(sqlite_url(fresh), artifacts)
 
 # %% ../../nbs/4_model/40_tracking.ipynb #a39dd80f
 def tracking_client(settings: Settings) -> "MlflowClient":

@@ -25,7 +25,7 @@ from .proof import input_problems, moved, proof_of, read_executed, source_proble
 from .records import RUNS, STEPS
 from .signature import kinds, read_signature
 from .stamp import ADDED, ask_git, hear_git, installed, surroundings, whole
-from ..settings import Settings, load_settings
+from ..settings import Settings, load_settings, sqlite_url
 from ..store import Ledger, open_ledger
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def executed_again(nb: dict, proof: dict, root: Path, folder: Path, environment:
     declared = {one.name: one.annotation for one in read_signature(book).outputs}
     home = (root / proof["notebook"]).parent
     # what a notebook tells MLflow by itself goes nowhere that counts
-    apart = {"MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}", "MLFLOW_RUN_ID": ""}
+    apart = {"MLFLOW_TRACKING_URI": sqlite_url(folder / "mlflow.db"), "MLFLOW_RUN_ID": ""}
     return execute(book, folder / "notebook.ipynb", values, cwd=home if home.is_dir() else root, secrets=secrets or None,
                    environment={**environment, **apart}, outputs=declared, collect_to=folder / "outputs", **how)
 
