@@ -44,7 +44,11 @@ def struck_at(root: Path, sign: str) -> str:
     path = root / "tmp" / "calls"
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     path.unlink(missing_ok=True)
-    hits = [line for line in lines if sign in line]
+    hits, begun = [], {}
+    for line in lines:  # a call that another thread's interrupted stands in two lines, the file in the first
+        thread = line.split(" ")[0]
+        begun[thread] = line if "<unfinished" in line else begun.get(thread, "") if "resumed>" in line else ""
+        hits += [begun[thread] or line] if sign in line else []
     hit = next((line for line in hits if re.search("<(anon_inode|socket|pipe):", line)), hits[0] if hits else "")
     call = re.sub(r"^\d+\s+", "", hit).split("(")[0]
     about = re.search(re.escape(str(root)) + r"/([^>\"]*)", hit)
